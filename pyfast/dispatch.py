@@ -1,0 +1,136 @@
+"""The only place where a backend is chosen.
+
+`TABLE` gives, per op and device type, the backends in order of preference; the first that can serve the call is taken.
+The order comes from measurements (benchmarks/results). `use_backend` overrides it, and raises where the backend named
+cannot serve the call: it never falls through to another one.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+#: backend -> (namespace of its kernels in torch.ops, device types that it serves); None: plain PyTorch, any device
+BACKENDS = {
+    "cpu": ("pyfast_cpu", ("cpu",)),
+    "torch": (None, None),
+    "reference": (None, None),
+}
+
+#: dtypes that the native kernels are written for
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: op -> device type -> backends, best first. A device type that is not listed gets "torch".
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "swiglu": {"cpu": ("cpu", "torch")},
+}
+
+_overrides: dict[str | None, str] = {}
+
+
+def _load_native() -> str | None:
+    """Loads the native CPU library; returns why it cannot be used, or None."""
+    library = next(Path(__file__).parent.glob("_cpu.*so"), None)
+    if library is None:
+        return "the native CPU library was not built (install a C++ compiler and reinstall pyfast-kernels)"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"the native CPU library does not load: {error}"
+    if torch.ops.pyfast_cpu.get_isa() == "none":
+        return "this CPU has no AVX2"
+    return None
+
+
+def unavailable(backend: str) -> str | None:
+    """Why `backend` cannot be used on this machine, or None."""
+    return _UNAVAILABLE.get(backend)
+
+
+def refusal(backend: str, op: str, tensor: torch.Tensor) -> str | None:
+    """Why `backend` cannot serve `op` on a tensor of this device and dtype, or None."""
+    if backend not in BACKENDS:
+        return f"there is no such backend (choose from {', '.join(BACKENDS)})"
+    if backend in _UNAVAILABLE:
+        return _UNAVAILABLE[backend]
+    namespace, devices = BACKENDS[backend]
+    if namespace is None:
+        return None
+    if tensor.device.type not in devices:
+        return f"it serves {' and '.join(devices)} tensors, not {tensor.device.type}"
+    if backend not in TABLE[op].get(tensor.device.type, ()):
+        return "it has no kernel for this op"
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"its kernels serve float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def choose(op: str, tensor: torch.Tensor) -> str:
+    """The backend for one call of `op`, decided by the device and dtype of its main tensor."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"pyfast.ops.{op} cannot run under torch.func transforms (vmap, grad, jvp): call it on the batched tensor"
+            " itself, or choose the PyTorch implementation with pyfast.use_backend('torch') outside the transform"
+        )
+    forced = _overrides.get(op, _overrides.get(None))
+    if forced is not None:
+        reason = refusal(forced, op, tensor)
+        if reason is not None:
+            raise ValueError(f"pyfast.ops.{op}: backend {forced!r} was asked for, but {reason}")
+        return forced
+    for backend in TABLE[op].get(tensor.device.type, ()):
+        if refusal(backend, op, tensor) is None:
+            return backend
+    return "torch"
+
+
+def explain(op: str, tensor: torch.Tensor) -> tuple[str, list[tuple[str, str]]]:
+    """The backend that `choose` takes, and (backend, reason) for each better one that it passed over."""
+    passed_over = []
+    for backend in TABLE[op].get(tensor.device.type, ()):
+        reason = refusal(backend, op, tensor)
+        if reason is None:
+            break
+        passed_over.append((backend, reason))
+    return choose(op, tensor), passed_over
+
+
+def kernels(backend: str):
+    """The namespace in torch.ops that holds a backend's kernels."""
+    return getattr(torch.ops, BACKENDS[backend][0])
+
+
+@contextlib.contextmanager
+def use_backend(backend: str, op: str | None = None, arch: str | None = None):
+    """Serves `op` (or every op) with one backend inside the `with` block, in the whole process.
+
+    backend: "cpu", "torch" (PyTorch's own best) or "reference" (the plain truth, slow).
+    arch: for "cpu", the instruction set: "avx2", "avx512" or "amx"; the CPU's best without it.
+    A call that the backend cannot serve raises a ValueError that says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"there is no backend {backend!r}: choose from {', '.join(BACKENDS)}")
+    if op is not None and op not in TABLE:
+        raise ValueError(f"there is no op {op!r}: choose from {', '.join(TABLE)}")
+    if backend in _UNAVAILABLE:
+        raise ValueError(f"backend {backend!r} cannot be used: {_UNAVAILABLE[backend]}")
+    if arch is not None and backend != "cpu":
+        raise ValueError(f"backend {backend!r} has no arch to choose: arch is for 'cpu'")
+    before = dict(_overrides)
+    isa = torch.ops.pyfast_cpu.get_isa() if arch is not None else None
+    if arch is not None:
+        try:
+            torch.ops.pyfast_cpu.set_isa(arch)
+        except RuntimeError as error:
+            raise ValueError(f"arch {arch!r} cannot be used: {str(error).splitlines()[0]}") from None
+    _overrides[op] = backend
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+        if isa is not None:
+            torch.ops.pyfast_cpu.set_isa(isa)
+
+
+_UNAVAILABLE: dict[str, str] = {}

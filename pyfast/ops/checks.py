@@ -1,0 +1,31 @@
+"""Argument checks shared by the public ops: one clear sentence that says what was given and what was expected."""
+
+import torch
+
+
+def describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def check_floating(op: str, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} is {describe(tensor)}, expected a floating-point tensor")
+
+
+def check_same(op: str, *, shape: bool = True, **tensors: torch.Tensor) -> None:
+    """All tensors have the first one's dtype and device, and its shape unless shape=False."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} is {describe(tensor)}, expected the dtype of {first_name}, {first.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is {describe(tensor)}, expected the device of {first_name}, {first.device}")
+        if shape and tensor.shape != first.shape:
+            raise ValueError(
+                f"{op}: {name} is {describe(tensor)}, expected the shape of {first_name}, {tuple(first.shape)}"
+            )

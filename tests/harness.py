@@ -1,0 +1,68 @@
+"""Runs one public op on a backend and holds its results and every gradient against reference and PyTorch."""
+
+import torch
+from close import assert_close
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+import pyfast
+from pyfast import dispatch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: (backend, arch): every way in which a kernel can run on this machine; arch None is the backend's best
+KERNELS = [("cpu", None), ("cpu", "avx2"), ("cpu", "avx512")]
+
+
+def available(backend: str, arch: str | None) -> str | None:
+    """Why this machine cannot run (backend, arch), or None."""
+    reason = dispatch.unavailable(backend)
+    if reason is None and arch is not None:
+        try:
+            with pyfast.use_backend(backend, arch=arch):
+                pass
+        except ValueError as error:
+            reason = str(error)
+    return reason
+
+
+def run(op, args, kwargs=None, backend=None, arch=None, cotangents=None):
+    """Returns (outputs, gradients of every floating input that requires grad, cotangents used).
+
+    args, kwargs: nested arguments of the public op; floating tensors that require grad are taken as fresh leaves.
+    """
+    leaves, tree = tree_flatten((tuple(args), kwargs or {}))
+    leaves = [
+        x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
+        if torch.is_tensor(x)
+        else x
+        for x in leaves
+    ]
+    args, kwargs = tree_unflatten(leaves, tree)
+    with pyfast.use_backend(backend, arch=arch):
+        outputs = op(*args, **kwargs)
+        outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        if cotangents is None:
+            generator = torch.Generator().manual_seed(7)
+            cotangents = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+        wanted = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
+        total = [(y, c.to(y.dtype)) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
+        gradients = ()
+        if total and wanted:
+            gradients = torch.autograd.grad([y for y, _ in total], wanted, [c for _, c in total])
+    return [y.detach() for y in outputs], list(gradients), cotangents
+
+
+def check(op, args, kwargs=None, backend="cpu", arch=None, cotangents=None):
+    """Asserts the error rule for every output and every gradient of op(*args, **kwargs)."""
+    outputs, gradients, cotangents = run(op, args, kwargs, backend, arch, cotangents)
+
+    def to_fp64(x):
+        return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+    args64, kwargs64 = tree_map_only(torch.Tensor, to_fp64, (tuple(args), kwargs or {}))
+    truth, truth_gradients, _ = run(op, args64, kwargs64, "reference", None, [c.double() for c in cotangents])
+    own, own_gradients, _ = run(op, args, kwargs, "torch", None, cotangents)
+    for i, (k, ref, t) in enumerate(zip(outputs, truth, own, strict=True)):
+        assert_close(k, ref, t, f"output {i}")
+    for i, (k, ref, t) in enumerate(zip(gradients, truth_gradients, own_gradients, strict=True)):
+        assert k.dtype == t.dtype, f"gradient {i} has dtype {k.dtype}, PyTorch's {t.dtype}"
+        assert_close(k, ref, t, f"gradient {i}")
