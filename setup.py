@@ -50,6 +50,7 @@ class NinjaBuild(build_ext):
         torch_flags = " ".join(f"-isystem {p}" for p in include_paths())
         torch_flags += " -DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest torch whose stable ABI is used: 2.11
         lines = [
+            f"builddir = {tmp}",
             "rule cxx",
             f"  command = {os.environ.get('CXX', 'g++')} -MMD -MF $out.d {COMMON} $flags -c $in -o $out",
             "  depfile = $out.d",
