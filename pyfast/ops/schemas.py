@@ -41,6 +41,12 @@ def _(dy, gate, up):
     return torch.empty_like(gate), torch.empty_like(up)
 
 
+# ---- dropout: the factor, 0 or 1 / (1 - p), of each logical element index from begin on
+@kernel("dropout_factors(Tensor seed, SymInt begin, SymInt count, float p) -> Tensor")
+def _(seed, begin, count, p):
+    return seed.new_empty((count,), dtype=torch.float32)
+
+
 _reason = dispatch._load_native()
 if _reason is not None:
     dispatch._UNAVAILABLE["cpu"] = _reason
