@@ -23,6 +23,11 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: op -> device type -> backends, best first. A device type that is not listed gets "torch".
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "swiglu": {"cpu": ("cpu", "torch")},
+    "geglu": {"cpu": ("torch",)},
+    "gelu_bias": {"cpu": ("torch",)},
+    "rms_norm": {"cpu": ("torch",)},
+    "layer_norm": {"cpu": ("torch",)},
+    "rope": {"cpu": ("torch",)},
 }
 
 _overrides: dict[str | None, str] = {}

@@ -1,6 +1,8 @@
 """The public ops. Each is differentiable and runs on the backend that pyfast.dispatch chooses."""
 
 from pyfast.ops import schemas  # noqa: F401  registers the kernels' schemas before any op is called
-from pyfast.ops.swiglu import swiglu
+from pyfast.ops.activation import geglu, gelu_bias, swiglu
+from pyfast.ops.norm import layer_norm, rms_norm
+from pyfast.ops.rope import rope
 
-__all__ = ["swiglu"]
+__all__ = ["geglu", "gelu_bias", "layer_norm", "rms_norm", "rope", "swiglu"]

@@ -29,3 +29,13 @@ def check_same(op: str, *, shape: bool = True, **tensors: torch.Tensor) -> None:
             raise ValueError(
                 f"{op}: {name} is {describe(tensor)}, expected the shape of {first_name}, {tuple(first.shape)}"
             )
+
+
+def check_parameter(op: str, x: torch.Tensor, **parameters: torch.Tensor) -> None:
+    """Each parameter is on x's device and in x's dtype, or in fp32 beside a lower-precision x."""
+    check_floating(op, **parameters)
+    for name, parameter in parameters.items():
+        if parameter.dtype != x.dtype and (parameter.dtype != torch.float32 or x.dtype == torch.float64):
+            raise TypeError(f"{op}: {name} is {describe(parameter)}, expected {x.dtype}, as the input, or float32")
+        if parameter.device != x.device:
+            raise ValueError(f"{op}: {name} is {describe(parameter)}, expected the input's device, {x.device}")

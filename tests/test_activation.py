@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyfast
-from pyfast.ops import swiglu
+from pyfast.ops import geglu, gelu_bias, swiglu
 
 
 def inputs(shape, dtype, scale=1.0):
@@ -46,9 +46,31 @@ def test_drawn_shapes(shape):
     check(swiglu, inputs(shape, torch.float32))
 
 
-def test_reference_gradient():
-    with pyfast.use_backend("reference"):
-        assert torch.autograd.gradcheck(swiglu, inputs((3, 5), torch.float64))
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_reference_gradient(backend):
+    gate, up = inputs((3, 5), torch.float64)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    with pyfast.use_backend(backend):
+        assert torch.autograd.gradcheck(swiglu, (gate, up))
+        for approximate in ("none", "tanh"):
+            assert torch.autograd.gradcheck(lambda g, u, a=approximate: geglu(g, u, a), (gate, up))
+            assert torch.autograd.gradcheck(lambda x, b, a=approximate: gelu_bias(x, b, a), (gate, bias))
+
+
+def test_bad_input_of_gelu():
+    x = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="approximate is 'fast'"):
+        geglu(x, x, "fast")
+    with pytest.raises(ValueError, match="approximate is 'erf'"):
+        gelu_bias(x, x[0], "erf")
+    with pytest.raises(ValueError, match="up is"):
+        geglu(x, x[0])
+    with pytest.raises(ValueError, match=r"bias is \(3,\), expected \(4,\)"):
+        gelu_bias(x, torch.randn(3))
+    with pytest.raises(TypeError, match="bias is float16"):
+        gelu_bias(x, torch.randn(4).half())
+    with pytest.raises(ValueError, match="scalar"):
+        gelu_bias(torch.tensor(1.0), torch.randn(1))
 
 
 def test_opcheck():
