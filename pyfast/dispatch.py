@@ -22,6 +22,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: op -> device type -> backends, best first. A device type that is not listed gets "torch".
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": {"cpu": ("torch",)},
+    "attention_varlen": {"cpu": ("torch",)},
     "swiglu": {"cpu": ("cpu", "torch")},
     "geglu": {"cpu": ("torch",)},
     "gelu_bias": {"cpu": ("torch",)},

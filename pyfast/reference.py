@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from pyfast import philox
+
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """fp32 for lower precisions, fp64 stays."""
@@ -77,3 +79,89 @@ def rope(q, k, cos, sin, *, interleaved=False):
         return torch.cat(((a * wide(cos) + rotate(a, interleaved) * wide(sin)).to(x.dtype), x[..., width:]), -1)
 
     return turn(q), turn(k)
+
+
+# ---- attention
+def visible_keys(sq, sk, causal, window_size, device):
+    """(Sq, Sk) bool: True where key j lies in the window of query i, which stands at position i + Sk - Sq."""
+    left, right = window_size or (None, None)
+    offset = torch.arange(sk, device=device) - (torch.arange(sq, device=device)[:, None] + sk - sq)
+    visible = offset <= 0 if causal else torch.ones_like(offset, dtype=torch.bool)
+    if right is not None and right >= 0:
+        visible &= offset <= right
+    if left is not None and left >= 0:
+        visible &= offset >= -left
+    return visible
+
+
+def _attend(q, k, v, visible, scale, softcap, sinks, attn_bias, dropout_p, seed, index):
+    """(out, lse) for q (B, H, Sq, D); visible and index, the elements' numbers for dropout, (B, H, Sq, Sk)."""
+    k, v = (wide(x).repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    s = wide(q) @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if attn_bias is not None:
+        s = s + attn_bias.to(s.dtype)
+    s = s.masked_fill(~visible | (s == -torch.inf), -torch.inf)
+    logits = s
+    if sinks is not None:
+        logits = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], -1)
+    lse = torch.logsumexp(logits, -1)
+    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    if dropout_p > 0:
+        p = p * philox.keep_mask(index, dropout_p, seed) / (1 - dropout_p)
+    return (p @ v).to(q.dtype), lse
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    scale=None,
+    window_size=None,
+    softcap=None,
+    sinks=None,
+    attention_mask=None,
+    attn_bias=None,
+    dropout_p=0.0,
+    seed=None,
+    return_lse=False,
+):
+    batch, heads, sq, sk = *q.shape[:3], k.shape[2]
+    visible = visible_keys(sq, sk, causal, window_size, q.device)
+    if attention_mask is not None:
+        visible = visible & attention_mask[:, None, None, :]
+    index = torch.arange(batch * heads * sq * sk, device=q.device).view(batch, heads, sq, sk) if dropout_p > 0 else None
+    out, lse = _attend(q, k, v, visible, scale, softcap, sinks, attn_bias, dropout_p, seed, index)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    *,
+    causal=False,
+    scale=None,
+    window_size=None,
+    softcap=None,
+    sinks=None,
+    dropout_p=0.0,
+    seed=None,
+):
+    (total, heads, _), bounds_q, bounds_k = q.shape, cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs = []
+    for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        visible = visible_keys(q1 - q0, k1 - k0, causal, window_size, q.device)
+        rows = torch.arange(heads, device=q.device)[:, None] * total + torch.arange(q0, q1, device=q.device)
+        index = rows[..., None] * max_seqlen_k + torch.arange(k1 - k0, device=q.device)
+        qs, ks, vs = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        out, _ = _attend(qs, ks, vs, visible, scale, softcap, sinks, None, dropout_p, seed, index)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat([*outs, q.new_zeros(total - bounds_q[-1], *q.shape[1:])])

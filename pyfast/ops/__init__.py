@@ -2,7 +2,17 @@
 
 from pyfast.ops import schemas  # noqa: F401  registers the kernels' schemas before any op is called
 from pyfast.ops.activation import geglu, gelu_bias, swiglu
+from pyfast.ops.attention import attention, attention_varlen
 from pyfast.ops.norm import layer_norm, rms_norm
 from pyfast.ops.rope import rope
 
-__all__ = ["geglu", "gelu_bias", "layer_norm", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "geglu",
+    "gelu_bias",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

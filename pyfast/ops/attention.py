@@ -1,0 +1,300 @@
+"""attention and attention_varlen: softmax attention that never holds its scores (Dao et al. 2022, "FlashAttention")."""
+
+import torch
+import torch.nn.functional as F
+
+from pyfast import dispatch, philox, reference
+from pyfast.ops.autograd import autocast
+from pyfast.ops.checks import check_floating, check_same, describe
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * q kᵀ) v per head, as torch's scaled_dot_product_attention and flash-attn name things.
+
+    q: (B, H, Sq, D); k, v: (B, Hkv, Sk, D), Hkv dividing H: query head h reads key/value head h // (H / Hkv). Any
+        strides: transposed views of (B, S, H, D) are read in place.
+    causal, window_size=(left, right): query i stands at position i + Sk - Sq (bottom right) and sees keys from
+        position - left to position + right; -1 or None means no limit. causal means right = 0.
+    scale: D ** -0.5 by default. softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+    sinks: (H,), a logit per head that joins the softmax's denominator (gpt-oss, StreamingLLM).
+    attention_mask: (B, Sk) bool, True where a key counts.
+    attn_bias: floating, broadcast to (B, H, Sq, Sk), added after scale and softcap; -inf excludes a key.
+    dropout_p, seed: dropout of the probabilities, replayed in backward. seed: an int, a 0-dim int64 tensor, or None to
+        draw one from torch's default generator. The logical index of element (b, h, i, j) is
+        ((b * H + h) * Sq + i) * Sk + j.
+    Returns (B, H, Sq, D) in q's dtype, from the kernels so that `out.transpose(1, 2).reshape(B, Sq, H * D)` is a view
+    (the gradients of q, k and v too), and with return_lse also the logarithm of the softmax's denominator, sink
+    included, (B, H, Sq) fp32. A query that sees no key gives zeros, lse -inf, and zero gradients; with sinks its
+    denominator is the sink alone.
+    Gradients go to q, k, v, sinks and attn_bias (summed over its broadcast dimensions), each in its tensor's dtype.
+    Saves q, k, v, the output and lse for backward; the probabilities are recomputed.
+    Raises TypeError for wrong types or differing dtypes, ValueError for shapes that do not fit or values out of range.
+    """
+    name = "attention"
+    check_floating(name, q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
+    _check_heads(name, q, k, v, "(B, H, S, D)")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"{name}: k is {describe(k)}, expected the batch size of q, {q.shape[0]}")
+    _check_options(name, q, softcap, sinks, dropout_p)
+    batch, heads, sq, sk = *q.shape[:3], k.shape[2]
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype != torch.bool:
+            given = describe(attention_mask) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
+            raise TypeError(
+                f"{name}: attention_mask is {given}, expected a bool tensor (B, Sk), True where a key counts"
+            )
+        if attention_mask.shape != (batch, sk):
+            raise ValueError(
+                f"{name}: attention_mask is {describe(attention_mask)}, expected (B, Sk) = ({batch}, {sk})"
+            )
+        _check_device(name, "attention_mask", attention_mask, q)
+    if attn_bias is not None:
+        check_floating(name, attn_bias=attn_bias)
+        _check_device(name, "attn_bias", attn_bias, q)
+        full = (batch, heads, sq, sk)
+        fits = attn_bias.dim() <= 4 and all(
+            n == 1 or n == m for n, m in zip(reversed(attn_bias.shape), reversed(full), strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"{name}: attn_bias is {describe(attn_bias)}, expected a shape that broadcasts to"
+                f" (B, H, Sq, Sk) = {full}"
+            )
+    options = {
+        "causal": causal,
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "window_size": _window(name, window_size),
+        "softcap": softcap,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "seed": philox.seed_tensor(name, seed, q.device) if dropout_p > 0 else None,
+    }
+    backend = dispatch.choose(name, q)
+    implementation = reference.attention if backend == "reference" else _torch_attention
+    return implementation(q, k, v, attention_mask=attention_mask, attn_bias=attn_bias, return_lse=return_lse, **options)
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """attention over packed sequences: no padding, and no query sees another sequence's keys.
+
+    q: (Tq, H, D); k, v: (Tk, Hkv, D), any strides (slices of a joined (T, 3 * H * D) are read in place).
+    cu_seqlens_q, cu_seqlens_k: (N + 1,) int32 or int64, where each sequence begins, and the last one's end: sequence n
+        holds queries cu_seqlens_q[n] to cu_seqlens_q[n + 1] and likewise its keys; empty ones are allowed. Rows after
+        the last end belong to no sequence and give zeros.
+    max_seqlen_q, max_seqlen_k: no sequence is longer.
+    causal, scale, window_size, softcap, sinks, dropout_p, seed: as in `attention`, within each sequence. The logical
+        index of (query row t of all, head h, key j of its sequence) for dropout is (h * Tq + t) * max_seqlen_k + j.
+    Returns (Tq, H, D) in q's dtype. cu_seqlens that decrease or overrun raise ValueError for CPU tensors.
+    """
+    name = "attention_varlen"
+    check_floating(name, q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
+    _check_heads(name, q, k, v, "(T, H, D)")
+    _check_options(name, q, softcap, sinks, dropout_p)
+    for which, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            given = describe(cu_seqlens) if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
+            raise TypeError(f"{name}: {which} is {given}, expected an int32 or int64 tensor (N + 1,)")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"{name}: {which} is {describe(cu_seqlens)}, expected (N + 1,) for N sequences")
+        _check_device(name, which, cu_seqlens, q)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"{name}: cu_seqlens_q is {describe(cu_seqlens_q)} and cu_seqlens_k {describe(cu_seqlens_k)}, expected one"
+            " length for both"
+        )
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_cu_seqlens(name, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
+        _check_cu_seqlens(name, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
+    options = {
+        "causal": causal,
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "window_size": _window(name, window_size),
+        "softcap": softcap,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "seed": philox.seed_tensor(name, seed, q.device) if dropout_p > 0 else None,
+    }
+    backend = dispatch.choose(name, q)
+    implementation = reference.attention_varlen if backend == "reference" else _torch_attention_varlen
+    return implementation(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+
+
+def _check_heads(op: str, q, k, v, layout: str) -> None:
+    check_same(op, shape=False, q=q, k=k, v=v)
+    rank, heads_at = (4, 1) if layout == "(B, H, S, D)" else (3, 1)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != rank:
+            raise ValueError(f"{op}: {name} is {describe(tensor)}, expected {rank} dimensions {layout}")
+    if k.shape != v.shape:
+        raise ValueError(f"{op}: v is {describe(v)}, expected the shape of k, {tuple(k.shape)}")
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+        raise ValueError(f"{op}: q is {describe(q)} and k {describe(k)}, expected one head width D >= 1 for both")
+    heads, kv_heads = q.shape[heads_at], k.shape[heads_at]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"{op}: q is {describe(q)} with {heads} heads and k {describe(k)} with {kv_heads}, expected a number of"
+            " key/value heads that divides the number of query heads"
+        )
+
+
+def _check_options(op: str, q, softcap, sinks, dropout_p) -> None:
+    philox.check_dropout(op, dropout_p)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap is {softcap}, expected a positive number, or None for no cap")
+    if sinks is not None:
+        check_floating(op, sinks=sinks)
+        _check_device(op, "sinks", sinks, q)
+        if sinks.shape != q.shape[1:2]:
+            raise ValueError(f"{op}: sinks is {describe(sinks)}, expected a logit per query head, ({q.shape[1]},)")
+
+
+def _check_device(op: str, name: str, tensor, q) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{op}: {name} is {describe(tensor)}, expected the device of q, {q.device}")
+
+
+def _check_cu_seqlens(op: str, name: str, cu_seqlens, total: int, max_name: str, max_seqlen: int) -> None:
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"{op}: {name} begins with {int(cu_seqlens[0])}, expected 0")
+    if (lengths < 0).any():
+        n = int((lengths < 0).nonzero()[0])
+        raise ValueError(
+            f"{op}: {name} decreases from {int(cu_seqlens[n])} to {int(cu_seqlens[n + 1])} at position {n + 1},"
+            " expected boundaries that never decrease"
+        )
+    if cu_seqlens[-1] > total:
+        raise ValueError(f"{op}: {name} ends at {int(cu_seqlens[-1])}, beyond the {total} rows that there are")
+    if lengths.numel() and lengths.max() > max_seqlen:
+        raise ValueError(f"{op}: {max_name} is {max_seqlen}, but {name} has a sequence of {int(lengths.max())}")
+
+
+def _window(op: str, window_size) -> tuple[int, int]:
+    """(left, right) with -1 for no limit."""
+    if window_size is None:
+        return -1, -1
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise TypeError(f"{op}: window_size is {window_size!r}, expected (left, right)")
+    sizes = tuple(-1 if n is None else n for n in window_size)
+    for n in sizes:
+        if isinstance(n, bool) or not isinstance(n, int | torch.SymInt):
+            raise TypeError(f"{op}: window_size is {window_size!r}, expected two ints, None or -1 meaning no limit")
+        if n < -1:
+            raise ValueError(f"{op}: window_size is {window_size!r}, expected sizes of 0 or more, or -1 for no limit")
+    return sizes
+
+
+def _torch_attention(
+    q,
+    k,
+    v,
+    *,
+    causal,
+    scale,
+    window_size,
+    softcap,
+    sinks,
+    attention_mask,
+    attn_bias,
+    dropout_p,
+    seed,
+    return_lse,
+    index=None,
+):
+    """SDPA where it serves the options, else PyTorch's composite: products in the input's dtype, softmax in fp32."""
+    (batch, heads, sq, _), sk = q.shape, k.shape[2]
+    visible = None
+    if causal or window_size != (-1, -1):
+        visible = reference.visible_keys(sq, sk, causal, window_size, q.device)
+    if attention_mask is not None:
+        mask = attention_mask[:, None, None, :]
+        visible = mask if visible is None else visible & mask
+    served = softcap is None and sinks is None and dropout_p == 0 and not return_lse
+    if served and batch * sq * sk > 0:
+        options = {"scale": scale, "enable_gqa": heads != k.shape[1]}
+        if attn_bias is None and attention_mask is None and causal and window_size == (-1, -1) and sq == sk:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        mask = visible
+        if attn_bias is not None:
+            mask = attn_bias.to(q.dtype)
+            mask = mask if visible is None else mask.masked_fill(~visible, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    s = q @ k.mT * scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if attn_bias is not None:
+        s = s + attn_bias.to(s.dtype)
+    excluded = s == -torch.inf if visible is None else ~visible | (s == -torch.inf)
+    s = s.masked_fill(excluded, -torch.inf).to(torch.promote_types(s.dtype, torch.float32))
+    logits = s
+    if sinks is not None:
+        logits = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(batch, heads, sq, 1)], -1)
+    p = torch.softmax(logits, -1)[..., :sk].masked_fill(excluded, 0)
+    if dropout_p > 0:
+        if index is None:
+            index = torch.arange(s.numel(), device=s.device).view(s.shape)
+        p = p * philox.keep_mask(index, dropout_p, seed) / (1 - dropout_p)
+    out = p.to(q.dtype) @ v
+    return (out, torch.logsumexp(logits, -1)) if return_lse else out
+
+
+def _torch_attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, dropout_p, seed, **options
+):
+    """One call of `_torch_attention` per sequence."""
+    (total, heads, _), bounds_q, bounds_k = q.shape, cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs = []
+    for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        index = None
+        if dropout_p > 0:
+            rows = torch.arange(heads, device=q.device)[:, None] * total + torch.arange(q0, q1, device=q.device)
+            index = rows[..., None] * max_seqlen_k + torch.arange(k1 - k0, device=q.device)
+        qs, ks, vs = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        out = _torch_attention(
+            qs,
+            ks,
+            vs,
+            attention_mask=None,
+            attn_bias=None,
+            return_lse=False,
+            dropout_p=dropout_p,
+            seed=seed,
+            index=index,
+            **options,
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat([*outs, q.new_zeros(total - bounds_q[-1], *q.shape[1:])])
