@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -34,23 +34,26 @@ class NinjaBuild(build_ext):
     def build_extensions(self):
         if not self.extensions:
             return
-        out = Path(self.build_lib).resolve() if not self.inplace else ROOT
-        tmp = Path(self.build_temp).resolve()
-        tmp.mkdir(parents=True, exist_ok=True)
-        (tmp / "build.ninja").write_text(self.ninja_file(tmp, out))
-        (out / "pyfast").mkdir(parents=True, exist_ok=True)
-        ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+        # one folder for every way to build, so that an editable install and `make build` share their objects
+        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self.ninja_file(folder))
+        ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        subprocess.check_call([*command, "-C", str(ROOT), "-f", str(tmp / "build.ninja")])
+        subprocess.check_call([*command, "-C", str(ROOT), "-f", str(folder / "build.ninja")])
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / target.name, target)
 
-    def ninja_file(self, tmp: Path, out: Path) -> str:
+    def ninja_file(self, folder: Path) -> str:
         import torch
         from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
         torch_flags = " ".join(f"-isystem {p}" for p in include_paths())
         torch_flags += " -DTORCH_TARGET_VERSION=0x020b000000000000"  # the oldest torch whose stable ABI is used: 2.11
         lines = [
-            f"builddir = {tmp}",
+            f"builddir = {folder}",
             "rule cxx",
             f"  command = {os.environ.get('CXX', 'g++')} -MMD -MF $out.d {COMMON} $flags -c $in -o $out",
             "  depfile = $out.d",
@@ -61,7 +64,7 @@ class NinjaBuild(build_ext):
         objects: dict[str, list[str]] = {"_cpu": [], "_info": []}
 
         def compile_(library: str, source: str, flags: str, tag: str = ""):
-            target = tmp / f"{source.replace('/', '_')}{tag}.o"
+            target = folder / f"{source.replace('/', '_')}{tag}.o"
             objects[library].append(str(target))
             lines.extend([f"build {target}: cxx {source}", f"  flags = {flags}"])
 
@@ -74,7 +77,7 @@ class NinjaBuild(build_ext):
         info = f"{torch_flags} -I{sysconfig.get_path('include')} -DPYFAST_TORCH_VERSION='\"{torch.__version__}\"'"
         compile_("_info", "csrc/info.cpp", info)
         for library, flags in (("_cpu", f"-L{TORCH_LIB_PATH} -ltorch_cpu -lc10 -ldl"), ("_info", "")):
-            path = out / "pyfast" / Path(self.get_ext_filename(library)).name
+            path = folder / self.get_ext_filename(library)
             lines.extend([f"build {path}: link {' '.join(objects[library])}", f"  flags = {flags}", f"default {path}"])
         return "\n".join(lines) + "\n"
 
@@ -94,4 +97,8 @@ def extensions() -> list[Extension]:
     return [Extension("pyfast._cpu", []), Extension("pyfast._info", [])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
+setup(
+    packages=[*find_packages(include=["pyfast", "pyfast.*"]), "pyfast.kernels"],
+    ext_modules=extensions(),
+    cmdclass={"build_ext": NinjaBuild},
+)
