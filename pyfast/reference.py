@@ -165,3 +165,64 @@ def attention_varlen(
         out, _ = _attend(qs, ks, vs, visible, scale, softcap, sinks, None, dropout_p, seed, index)
         outs.append(out[0].transpose(0, 1))
     return torch.cat([*outs, q.new_zeros(total - bounds_q[-1], *q.shape[1:])])
+
+
+# ---- losses
+def cross_entropy(
+    input, target, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, softcap=None, z_loss=0.0
+):
+    logits = wide(input)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return _loss(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss)
+
+
+def linear_cross_entropy(
+    input,
+    linear_weight,
+    target,
+    *,
+    linear_bias=None,
+    lora_A=None,
+    lora_B=None,
+    scaling=1.0,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    softcap=None,
+    z_loss=0.0,
+    logit_scale=1.0,
+    num_items_in_batch=None,
+):
+    x = wide(input)
+    logits = x @ linear_weight.to(x.dtype).T
+    if linear_bias is not None:
+        logits = logits + linear_bias.to(x.dtype)
+    if lora_A is not None:
+        logits = logits + scaling * (x @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return _loss(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, num_items_in_batch)
+
+
+def _loss(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, num_items_in_batch=None):
+    counted = target != ignore_index
+    index = target.where(counted, 0)
+    classes = logits.shape[-1]
+    weight = logits.new_ones(classes) if weight is None else weight.to(logits.dtype)
+    lse = logits.logsumexp(-1)
+    surprise = lse.unsqueeze(-1) - logits  # -log p of every class
+    row_weight = weight[index].where(counted, 0)
+    loss = (1 - label_smoothing) * row_weight * surprise.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    if label_smoothing:
+        loss = loss + label_smoothing / classes * (surprise * weight).sum(-1)
+    loss, z = loss.where(counted, 0), z_loss * lse.square().where(counted, 0)
+    if reduction == "none":
+        return loss + z
+    if reduction == "sum":
+        return loss.sum() + z.sum()
+    if num_items_in_batch is not None:
+        return (loss.sum() + z.sum()) / num_items_in_batch
+    return loss.sum() / row_weight.sum() + z.sum() / counted.sum()

@@ -3,15 +3,19 @@
 from pyfast.ops import schemas  # noqa: F401  registers the kernels' schemas before any op is called
 from pyfast.ops.activation import geglu, gelu_bias, swiglu
 from pyfast.ops.attention import attention, attention_varlen
+from pyfast.ops.cross_entropy import cross_entropy
+from pyfast.ops.linear_cross_entropy import linear_cross_entropy
 from pyfast.ops.norm import layer_norm, rms_norm
 from pyfast.ops.rope import rope
 
 __all__ = [
     "attention",
     "attention_varlen",
+    "cross_entropy",
     "geglu",
     "gelu_bias",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "rope",
     "swiglu",

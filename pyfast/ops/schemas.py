@@ -47,6 +47,35 @@ def _(seed, begin, count, p):
     return seed.new_empty((count,), dtype=torch.float32)
 
 
+# ---- losses: per row the loss and the logsumexp of the logits (0 where target is ignore_index), then the gradients for
+# upstream (rows, 2): the result's gradient with respect to each row's loss and squared logsumexp. A gradient is empty
+# without upstream, or where not needed. weight, linear_bias and upstream are fp32.
+@kernel(
+    "cross_entropy(Tensor input, Tensor target, Tensor? weight, Tensor? upstream, int ignore_index,"
+    " float label_smoothing, float? softcap) -> (Tensor, Tensor, Tensor)"
+)
+def _(input, target, weight, upstream, ignore_index, label_smoothing, softcap):
+    """input (rows, V) may have any row stride."""
+    loss = input.new_empty(len(target), dtype=torch.float32)
+    return loss, torch.empty_like(loss), input.new_empty(input.shape if upstream is not None else 0)
+
+
+@kernel(
+    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? lora_A, Tensor? lora_B,"
+    " Tensor target, Tensor? weight, Tensor? upstream, float scaling, int ignore_index, float label_smoothing,"
+    " float? softcap, float logit_scale, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _(input, linear_weight, linear_bias, lora_A, lora_B, target, weight, upstream, *options):
+    """linear_weight, lora_A and lora_B may have any strides; the gradients of the parameters are fp32."""
+    loss = input.new_empty(len(target), dtype=torch.float32)
+    needs = options[-1] if upstream is not None else [False] * 5
+    gradients = [
+        input.new_empty(p.shape if p is not None and needed else 0, dtype=torch.float32 if i else input.dtype)
+        for i, (p, needed) in enumerate(zip((input, linear_weight, linear_bias, lora_A, lora_B), needs, strict=True))
+    ]
+    return loss, torch.empty_like(loss), *gradients
+
+
 _reason = dispatch._load_native()
 if _reason is not None:
     dispatch._UNAVAILABLE["cpu"] = _reason

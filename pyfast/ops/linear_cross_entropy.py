@@ -1,0 +1,216 @@
+"""linear_cross_entropy: the language-model head and its loss as one op that never holds the logits.
+
+The gradient is made in the forward pass, as Liger-Kernel does it: with a frozen head a step takes two matrix products
+(logits, then the gradient of input) over the rows that count, and nothing else.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from pyfast import dispatch, reference
+from pyfast.ops.autograd import autocast, first_order
+from pyfast.ops.checks import check_floating, describe
+from pyfast.ops.cross_entropy import check_loss, check_vector, composite_loss, divisors, per_row
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    linear_bias: torch.Tensor | None = None,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    num_items_in_batch: int | float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """cross_entropy of logits = (input Wᵀ + bias + scaling · (input Aᵀ) Bᵀ) · logit_scale, then softcap.
+
+    input: (..., K), floating. linear_weight (V, K), linear_bias (V,), lora_A (r, K) and lora_B (V, r): floating, any
+    dtype and strides; products run in input's dtype, each gradient has its parameter's dtype, and a parameter that
+    needs none gets none. target: (...), int64: 0 <= target < V, or ignore_index; kernels never multiply ignored rows.
+    weight, label_smoothing, softcap, z_loss, reduction: as in pyfast.ops.cross_entropy; reduction "none" gives (...).
+    num_items_in_batch: with reduction "mean", what loss and z-loss are divided by instead of the batch's own count
+    (gradient accumulation over several batches); a number or a 0-dim tensor.
+    Returns fp32 (fp64 for fp64 input). Under autocast input is cast to its dtype.
+    "mean" and "sum" save the gradients, not input; "none" saves its inputs and computes the logits again in backward.
+    Raises TypeError for wrong dtypes, ValueError for wrong shapes, devices, values or a target out of range.
+    """
+    op = "linear_cross_entropy"
+    check_floating(op, input=input, linear_weight=linear_weight)
+    if input.dim() < 1:
+        raise ValueError(f"{op}: input is {describe(input)}, expected (..., K)")
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
+        raise ValueError(f"{op}: linear_weight is {describe(linear_weight)}, expected (V, {input.shape[-1]})")
+    if linear_weight.device != input.device:
+        raise ValueError(f"{op}: linear_weight is {describe(linear_weight)}, expected input's device, {input.device}")
+    classes = len(linear_weight)
+    check_loss(op, input, target, classes, weight, ignore_index, reduction, label_smoothing, softcap, z_loss)
+    if linear_bias is not None:
+        check_vector(op, "linear_bias", linear_bias, classes, input)
+    _check_lora(op, input, classes, lora_A, lora_B)
+    if num_items_in_batch is not None:
+        _check_num_items(op, num_items_in_batch, reduction)
+    backend = dispatch.choose(op, input)
+    if backend == "reference":
+        return reference.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            lora_A=lora_A,
+            lora_B=lora_B,
+            scaling=scaling,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            num_items_in_batch=num_items_in_batch,
+        )
+    (input,) = autocast(input)
+    parameters = (linear_weight, linear_bias, lora_A, lora_B)
+    if backend == "torch":
+        linear_weight, linear_bias, lora_A, lora_B = (None if p is None else p.to(input.dtype) for p in parameters)
+        logits = F.linear(input, linear_weight, linear_bias)
+        if lora_A is not None:
+            logits = logits + scaling * F.linear(F.linear(input, lora_A), lora_B)
+        logits = reference.wide(logits) * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        options = (ignore_index, reduction, label_smoothing, z_loss, num_items_in_batch)
+        return composite_loss(logits, target, weight, *options)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, *parameters)]
+    loss = _LinearCrossEntropy.apply(
+        input.reshape(-1, input.shape[-1]),
+        *parameters,
+        target.reshape(-1),
+        weight,
+        num_items_in_batch,
+        reduction,
+        z_loss,
+        (scaling, ignore_index, label_smoothing, softcap, logit_scale),
+        needs,
+        backend,
+    )
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _check_lora(op, input, classes, lora_A, lora_B):
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError(f"{op}: lora_A and lora_B go together, but one of them is None")
+    if lora_A is None:
+        return
+    check_floating(op, lora_A=lora_A, lora_B=lora_B)
+    features = input.shape[-1]
+    if lora_A.dim() != 2 or lora_A.shape[1] != features or lora_A.shape[0] < 1:
+        raise ValueError(f"{op}: lora_A is {describe(lora_A)}, expected (r, {features}) with r of 1 or more")
+    if lora_B.shape != (classes, len(lora_A)):
+        raise ValueError(f"{op}: lora_B is {describe(lora_B)}, expected ({classes}, {len(lora_A)})")
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if tensor.device != input.device:
+            raise ValueError(f"{op}: {name} is {describe(tensor)}, expected the device of input, {input.device}")
+
+
+def _check_num_items(op, num_items_in_batch, reduction):
+    if reduction != "mean":
+        raise ValueError(f"{op}: num_items_in_batch replaces the divisor of 'mean', but reduction is {reduction!r}")
+    if isinstance(num_items_in_batch, torch.Tensor):
+        if num_items_in_batch.dim() != 0:
+            given = describe(num_items_in_batch)
+            raise ValueError(f"{op}: num_items_in_batch is {given}, expected a number or a tensor of shape ()")
+    elif not isinstance(num_items_in_batch, int | float):
+        raise TypeError(
+            f"{op}: num_items_in_batch is {type(num_items_in_batch).__name__}, expected a number or a 0-dim tensor"
+        )
+    elif not num_items_in_batch >= 0:
+        raise ValueError(f"{op}: num_items_in_batch is {num_items_in_batch}, expected a number that is not negative")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward for a result that is the plain sum of the losses, and multiplied by the true
+    factor (upstream gradient over divisor) at the end: 16-bit gradients of the logits keep their full precision.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        input,
+        linear_weight,
+        linear_bias,
+        lora_A,
+        lora_B,
+        target,
+        weight,
+        num_items_in_batch,
+        reduction,
+        z_loss,
+        options,
+        needs,
+        backend,
+    ):
+        ctx.options, ctx.z_loss, ctx.needs, ctx.backend = options, z_loss, needs, backend
+        ctx.dtypes = [None if p is None else p.dtype for p in (input, linear_weight, linear_bias, lora_A, lora_B)]
+        ctx.scalar = reduction != "none"
+        inputs = (input, linear_weight, linear_bias, lora_A, lora_B, target, weight)
+        if not ctx.scalar:
+            if any(needs):
+                ctx.save_for_backward(*inputs)
+            loss, lse, *_ = _run(ctx, *inputs, upstream=None)
+            return loss + z_loss * lse.square() if z_loss else loss
+        loss_divisor, row_divisor = divisors(target, weight, options[1], reduction, num_items_in_batch)
+        upstream = None
+        if any(needs):
+            one = torch.ones_like(loss_divisor)
+            upstream = per_row(one, z_loss * loss_divisor / row_divisor, len(target))
+        loss, lse, *gradients = _run(ctx, *inputs, upstream=upstream)
+        if any(needs):
+            factor = (1 / loss_divisor).where((target != options[1]).any(), 0)  # no row counts: zeros, as in torch
+            ctx.save_for_backward(factor, *gradients)
+        loss = loss.sum() / loss_divisor
+        return loss + z_loss * lse.square().sum() / row_divisor if z_loss else loss
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy):
+        if ctx.scalar:
+            factor, *gradients = ctx.saved_tensors
+            factor = factor * dy
+            gradients = [g * factor for g in gradients]
+        else:
+            upstream = per_row(dy, ctx.z_loss * dy, len(dy))
+            _, _, *gradients = _run(ctx, *ctx.saved_tensors, upstream=upstream)
+        gradients = zip(gradients, ctx.dtypes, ctx.needs, strict=True)
+        return *(g.to(dtype) if needed else None for g, dtype, needed in gradients), *[None] * 8
+
+
+def _run(ctx, input, linear_weight, linear_bias, lora_A, lora_B, target, weight, upstream):
+    """Per row the loss and logsumexp, and the gradients for upstream (empty where not needed, or without upstream)."""
+
+    def like_input(tensor):
+        return None if tensor is None else tensor.to(input.dtype)
+
+    def fp32(tensor):
+        return None if tensor is None else tensor.float().contiguous()
+
+    return dispatch.kernels(ctx.backend).linear_cross_entropy(
+        input.contiguous(),
+        like_input(linear_weight),
+        fp32(linear_bias),
+        like_input(lora_A),
+        like_input(lora_B),
+        target.contiguous(),
+        fp32(weight),
+        upstream,
+        *ctx.options,
+        ctx.needs,
+    )
