@@ -32,6 +32,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "rms_norm": {"cpu": ("torch",)},
     "layer_norm": {"cpu": ("torch",)},
     "rope": {"cpu": ("torch",)},
+    "lora_linear": {"cpu": ("torch",)},
+    "lora_linears": {"cpu": ("torch",)},
+    "lora_mlp": {"cpu": ("torch",)},
 }
 
 _overrides: dict[str | None, str] = {}

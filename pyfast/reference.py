@@ -9,6 +9,7 @@ import math
 import torch
 
 from pyfast import philox
+from pyfast.quantized import QuantizedWeight, dequantize
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -226,3 +227,45 @@ def _loss(logits, target, weight, ignore_index, reduction, label_smoothing, z_lo
     if num_items_in_batch is not None:
         return (loss.sum() + z.sum()) / num_items_in_batch
     return loss.sum() / row_weight.sum() + z.sum() / counted.sum()
+
+
+# ---- lora
+def lora_linear(x, weight, lora_A, lora_B, scaling, *, bias=None, dropout_p=0.0, seed=None):
+    """y = x W^T + bias + scaling (dropout(x) A^T) B^T; without an adapter (lora_A None) its term is absent."""
+    xw = wide(x)
+    w = dequantize(weight, xw.dtype) if isinstance(weight, QuantizedWeight) else weight.to(xw.dtype)
+    y = xw @ w.T
+    if bias is not None:
+        y = y + bias.to(xw.dtype)
+    if lora_A is not None:
+        dropped = philox.dropout(xw, dropout_p, seed)
+        y = y + scaling * (dropped @ lora_A.to(xw.dtype).T @ lora_B.to(xw.dtype).T)
+    return y.to(x.dtype)
+
+
+def lora_linears(x, projections, *, dropout_p=0.0, seeds=None):
+    seeds = seeds or [None] * len(projections)
+    return tuple(
+        lora_linear(x, p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias, dropout_p=dropout_p, seed=seed)
+        for p, seed in zip(projections, seeds, strict=True)
+    )
+
+
+#: the activations of lora_mlp
+ACTIVATIONS = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": gelu,
+    "gelu_tanh": lambda x: gelu(x, "tanh"),
+    "relu": lambda x: x.clamp_min(0),
+}
+
+
+def lora_mlp(x, gate, up, down, *, activation="silu", dropout_p=0.0, seeds=None):
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate; wide from end to end."""
+    first = [up] if gate is None else [gate, up]
+    seeds = seeds or [None] * (len(first) + 1)
+    hidden = lora_linears(wide(x), first, dropout_p=dropout_p, seeds=seeds[:-1])
+    a = ACTIVATIONS[activation](hidden[0])
+    if gate is not None:
+        a = a * hidden[1]
+    return lora_linears(a, [down], dropout_p=dropout_p, seeds=seeds[-1:])[0].to(x.dtype)

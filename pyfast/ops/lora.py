@@ -1,0 +1,208 @@
+"""lora_linear, lora_linears, lora_mlp: frozen linear layers with low-rank adapters (Hu et al. 2021, "LoRA"; the layer
+is PEFT's)."""
+
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from pyfast import dispatch, philox, reference
+from pyfast.ops.autograd import autocast
+from pyfast.ops.checks import check_floating, check_parameter, describe
+from pyfast.quantized import QuantizedWeight, dequantize
+
+
+class LoraWeights(NamedTuple):
+    """One projection, y = x weight^T + bias + scaling (x lora_A^T) lora_B^T.
+
+    weight: (N, K) in x's dtype, any strides, or a QuantizedWeight.
+    lora_A: (r, K), lora_B: (N, r), both None for a projection without an adapter. bias: (N,) or None.
+    Adapter and bias are in x's dtype or fp32.
+    """
+
+    weight: torch.Tensor | QuantizedWeight
+    lora_A: torch.Tensor | None = None
+    lora_B: torch.Tensor | None = None
+    scaling: float = 1.0
+    bias: torch.Tensor | None = None
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x weight^T + bias + scaling (dropout(x) lora_A^T) lora_B^T.
+
+    x: (..., K), floating. Returns (..., N) in x's dtype; accumulated in fp32.
+    weight: (N, K) in x's dtype, any strides, or a QuantizedWeight. lora_A: (r, K) and lora_B: (N, r), or None both.
+    bias: (N,). Adapter and bias may be fp32 beside a lower-precision x: products run in x's dtype, each gradient has
+    its parameter's dtype. The gradients of weight and bias are computed only where they require one.
+    dropout_p: probability in [0, 1) with which an element of x is dropped before lora_A; which ones is a function of
+    seed (int, 0-dim int64 tensor, or None: drawn from torch's default generator) and the element's index alone.
+    Under autocast, x and weight are cast to its dtype.
+    Saves x, x lora_A^T (r columns) and the parameters for backward, nothing else.
+    Raises ValueError for shapes that do not fit, r = 0, or differing devices; TypeError for wrong types and dtypes.
+    """
+    projection = LoraWeights(weight, lora_A, lora_B, scaling, bias)
+    return _linears("lora_linear", x, {"": projection}, dropout_p, [seed])[0]
+
+
+def lora_linears(
+    x: torch.Tensor,
+    projections: Sequence[LoraWeights],
+    *,
+    dropout_p: float = 0.0,
+    seeds: Sequence[int | torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """lora_linear for several projections of one x (q, k and v; gate and up) as one node.
+
+    x: (..., K). projections: LoraWeights, each with its own N and r. seeds: one per projection, see lora_linear; each
+    projection has a dropout mask of its own. Returns a tuple of (..., N). x is read once for all adapters and its
+    gradient is summed in place. Raises as lora_linear does.
+    """
+    if not isinstance(projections, Sequence) or not projections:
+        raise ValueError("lora_linears: projections is empty or no sequence, expected one LoraWeights or more")
+    named = {f"projections[{i}].": p for i, p in enumerate(projections)}
+    return _linears("lora_linears", x, named, dropout_p, seeds)
+
+
+def lora_mlp(
+    x: torch.Tensor,
+    gate: LoraWeights | None,
+    up: LoraWeights,
+    down: LoraWeights,
+    *,
+    activation: str = "silu",
+    dropout_p: float = 0.0,
+    seeds: Sequence[int | torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where gate is None.
+
+    x: (..., K). gate, up: LoraWeights of (I, K); down: of (N, I). Returns (..., N).
+    activation: "silu", "gelu" (erf), "gelu_tanh" or "relu".
+    seeds: for gate, up, down, or for up, down without a gate; see lora_linear.
+    Saves x, gate(x), up(x) and the adapters' inner products for backward; the activation product is recomputed.
+    Raises as lora_linear does, and ValueError for an unknown activation.
+    """
+    op = "lora_mlp"
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}, expected one of {', '.join(reference.ACTIVATIONS)}")
+    x = _autocast_input(op, x)
+    named = {"up.": up} if gate is None else {"gate.": gate, "up.": up}
+    first = [_check(op, prefix, p, x, x.shape[-1]) for prefix, p in named.items()]
+    width = first[0].weight.shape[0]
+    if first[-1].weight.shape[0] != width:
+        raise ValueError(
+            f"{op}: up.weight has shape {tuple(first[-1].weight.shape)}, expected the {width} rows of gate.weight"
+        )
+    down = _check(op, "down.", down, x, width)
+    seeds = _seeds(op, seeds, len(first) + 1, dropout_p, x.device)
+    backend = dispatch.choose(op, x)
+    if backend == "reference":
+        gate = first[0] if gate is not None else None
+        return reference.lora_mlp(x, gate, first[-1], down, activation=activation, dropout_p=dropout_p, seeds=seeds)
+    hidden = _torch_linears(x, first, dropout_p, seeds[:-1])
+    a = _TORCH_ACTIVATIONS[activation](hidden[0])
+    if gate is not None:
+        a = a * hidden[1]
+    return _torch_linears(a, [down], dropout_p, seeds[-1:])[0]
+
+
+def _linears(op, x, named, dropout_p, seeds):
+    """lora_linears with the caller's name and a prefix for each projection's arguments in messages."""
+    x = _autocast_input(op, x)
+    projections = [_check(op, prefix, p, x, x.shape[-1]) for prefix, p in named.items()]
+    seeds = _seeds(op, seeds, len(projections), dropout_p, x.device)
+    backend = dispatch.choose(op, x)
+    if backend == "reference":
+        return reference.lora_linears(x, projections, dropout_p=dropout_p, seeds=seeds)
+    return _torch_linears(x, projections, dropout_p, seeds)
+
+
+def _autocast_input(op, x):
+    check_floating(op, x=x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x is {describe(x)}, expected (..., K)")
+    return autocast(x)[0]
+
+
+def _check(op, prefix, p, x, k) -> LoraWeights:
+    """The projection of an input with k columns and x's dtype and device, checked, its weight cast under autocast."""
+    if not isinstance(p, LoraWeights):
+        raise TypeError(f"{op}: {prefix.rstrip('.')} is {type(p).__name__}, expected LoraWeights")
+    weight, lora_A, lora_B, scaling, bias = p
+    if not isinstance(weight, QuantizedWeight):
+        check_floating(op, **{f"{prefix}weight": weight})
+    if weight.device != x.device:
+        raise ValueError(f"{op}: {prefix}weight is on {weight.device}, expected x's device, {x.device}")
+    if not isinstance(weight, QuantizedWeight):
+        (weight,) = autocast(weight)
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{op}: {prefix}weight is {describe(weight)}, expected x's dtype, {x.dtype}")
+    if len(weight.shape) != 2 or weight.shape[1] != k:
+        raise ValueError(
+            f"{op}: {prefix}weight has shape {tuple(weight.shape)}, expected (N, {k}) for an input with {k} columns"
+        )
+    n = weight.shape[0]
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError(f"{op}: {prefix}lora_A and {prefix}lora_B must both be given, or neither")
+    expected = {}
+    if lora_A is not None:
+        check_floating(op, **{f"{prefix}lora_A": lora_A, f"{prefix}lora_B": lora_B})
+        rank = lora_A.shape[0] if lora_A.dim() == 2 else 1
+        if rank == 0:
+            raise ValueError(f"{op}: {prefix}lora_A has rank r = 0, expected r >= 1 (or None for no adapter)")
+        expected = {f"{prefix}lora_A": (lora_A, (rank, k), "(r, K)"), f"{prefix}lora_B": (lora_B, (n, rank), "(N, r)")}
+    if bias is not None:
+        expected[f"{prefix}bias"] = (bias, (n,), "(N,)")
+    check_parameter(op, x, **{name: tensor for name, (tensor, _, _) in expected.items()})
+    for name, (tensor, shape, letters) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{op}: {name} is {describe(tensor)}, expected {letters} = {shape}")
+    if isinstance(scaling, bool) or not isinstance(scaling, numbers.Real):
+        raise TypeError(f"{op}: {prefix}scaling is {type(scaling).__name__}, expected a number")
+    return LoraWeights(weight, lora_A, lora_B, float(scaling), bias)
+
+
+def _seeds(op, seeds, count, dropout_p, device):
+    """A seed tensor per projection, or None for each where nothing is dropped."""
+    philox.check_dropout(op, dropout_p)
+    if seeds is None:
+        seeds = [None] * count
+    if not isinstance(seeds, Sequence) or len(seeds) != count:
+        raise ValueError(f"{op}: seeds is {seeds!r}, expected a sequence of {count}, one per projection")
+    if dropout_p == 0:
+        return [None] * count
+    return [philox.seed_tensor(op, seed, device) for seed in seeds]
+
+
+# ---- backend "torch"
+_TORCH_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def _torch_linears(x, projections, dropout_p, seeds):
+    """PyTorch's own ops, as PEFT composes them, in x's dtype."""
+    results = []
+    for (weight, lora_A, lora_B, scaling, bias), seed in zip(projections, seeds, strict=True):
+        if isinstance(weight, QuantizedWeight):
+            weight = dequantize(weight, x.dtype)
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        if lora_A is not None:
+            h = F.linear(philox.dropout(x, dropout_p, seed), lora_A.to(x.dtype))
+            y = y + F.linear(h, lora_B.to(x.dtype)) * scaling
+        results.append(y)
+    return tuple(results)
