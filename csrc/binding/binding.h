@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common/types.h"
+#include "cpu/rows.h"
 
 namespace pyfast {
 
@@ -50,6 +51,43 @@ inline DType dtype_of(const Tensor& t) {
       STD_TORCH_CHECK(false, "pyfast kernels serve float32, bfloat16 and float16 tensors only");
   }
   return DType::fp32;
+}
+
+// A tensor (..., n) as rows of n contiguous elements one stride apart; copied only where it is not.
+struct RowsOf {
+  Tensor tensor;
+  int64_t rows, cols, stride;
+  operator Rows() const { return {tensor.const_data_ptr(), stride}; }
+};
+inline RowsOf rows_of(const Tensor& t) {
+  int64_t last = t.dim() - 1, cols = last < 0 ? 1 : t.size(last), stride = cols;
+  int64_t rows = cols ? t.numel() / cols : 0;
+  if (t.is_contiguous()) return {t, rows, cols, cols};
+  bool regular = cols == 1 || t.stride(last) == 1, found = false;
+  int64_t expected = 0;
+  for (int64_t i = last - 1; i >= 0 && regular; --i) {
+    if (t.size(i) == 1) continue;
+    if (!found) stride = expected = t.stride(i);
+    regular = t.stride(i) == expected;
+    found = true;
+    expected *= t.size(i);
+  }
+  if (regular) return {t, rows, cols, stride};
+  return {torch::stable::contiguous(t), rows, cols, cols};
+}
+inline Tensor new_contiguous(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+inline MutableRows contiguous_rows(Tensor& t, const RowsOf& like) { return {t.mutable_data_ptr(), like.cols}; }
+
+// A parameter as contiguous fp32 values plus `offset`: norm weights and biases, which may be fp32 beside bf16 inputs.
+inline Tensor to_fp32(const Tensor& parameter, float offset = 0.f) {
+  Tensor p = torch::stable::contiguous(parameter);
+  if (p.scalar_type() == ScalarType::Float && offset == 0.f) return p;
+  Tensor wide = torch::stable::new_empty(p, p.sizes(), ScalarType::Float);
+  widen(dtype_of(p), p.const_data_ptr(), offset, (float*)wide.mutable_data_ptr(), p.numel());
+  return wide;
+}
+inline Tensor new_fp32(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, ScalarType::Float);
 }
 
 #define CHECK_SAME_DTYPE(a, b) STD_TORCH_CHECK((a).scalar_type() == (b).scalar_type(), #a " and " #b " differ in dtype")

@@ -14,4 +14,14 @@ struct fp16 {
 // What a binding passes for a tensor's dtype, and what PYFAST_DISPATCH in a kernel turns back into a type.
 enum class DType : int { fp32, bf16, fp16 };
 
+// Rows of contiguous elements, `stride` elements from one row's start to the next.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+struct MutableRows {
+  void* data;
+  int64_t stride;
+};
+
 }  // namespace pyfast

@@ -1,8 +1,8 @@
 // Declares a kernel once per instruction set and calls the best one that the CPU has.
 //
-//   PYFAST_KERNEL(void, swiglu, (const void* gate, ..., int64_t n), (gate, ..., n))
+//   PYFAST_KERNEL(void, gated, (const void* gate, ..., int64_t n), (gate, ..., n))
 //
-// declares avx2::swiglu and avx512::swiglu, and pyfast::swiglu, which picks one at each call.
+// declares avx2::gated and avx512::gated, and pyfast::gated, which picks one at each call.
 #pragma once
 
 namespace pyfast {

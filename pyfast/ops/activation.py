@@ -26,7 +26,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return reference.swiglu(gate, up)
     if backend == "torch":
         return F.silu(gate) * up
-    return _Swiglu.apply(gate, up, backend)
+    return _Gated.apply(gate, up, "silu", backend)
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -44,7 +44,9 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none") -> to
     backend = dispatch.choose("geglu", gate)
     if backend == "reference":
         return reference.geglu(gate, up, approximate)
-    return F.gelu(gate, approximate=approximate) * up
+    if backend == "torch":
+        return F.gelu(gate, approximate=approximate) * up
+    return _Gated.apply(gate, up, _GELU[approximate], backend)
 
 
 def gelu_bias(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -66,24 +68,43 @@ def gelu_bias(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none") ->
     backend = dispatch.choose("gelu_bias", x)
     if backend == "reference":
         return reference.gelu_bias(x, bias, approximate)
-    return F.gelu(x + bias, approximate=approximate).to(x.dtype)
+    if backend == "torch":
+        return F.gelu(x + bias, approximate=approximate).to(x.dtype)
+    return _Activate.apply(x, bias, _GELU[approximate], backend)
+
+
+#: approximate -> the kernels' name of the activation
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def _check_approximate(op: str, approximate: str) -> None:
-    if approximate not in ("none", "tanh"):
+    if approximate not in _GELU:
         raise ValueError(f'{op}: approximate is {approximate!r}, expected "none" or "tanh"')
 
 
-class _Swiglu(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, backend):
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.backend = backend
+    def forward(ctx, gate, up, activation, backend):
+        ctx.activation, ctx.backend = activation, backend
         ctx.save_for_backward(gate, up)
-        return dispatch.kernels(backend).swiglu(gate, up)
+        return dispatch.kernels(backend).gated(gate, up, activation)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        return (*dispatch.kernels(ctx.backend).swiglu_backward(dy.contiguous(), gate, up), None)
+        return (*dispatch.kernels(ctx.backend).gated_backward(dy, *ctx.saved_tensors, ctx.activation), None, None)
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, activation, backend):
+        ctx.activation, ctx.backend = activation, backend
+        ctx.save_for_backward(x, bias)
+        return dispatch.kernels(backend).activate(x, bias, activation)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy):
+        wanted = ctx.needs_input_grad[1]
+        dx, dbias = dispatch.kernels(ctx.backend).activate_backward(dy, *ctx.saved_tensors, ctx.activation, wanted)
+        return dx, dbias if wanted else None, None, None

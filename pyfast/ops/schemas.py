@@ -30,15 +30,25 @@ _LIBRARIES["pyfast_cpu"].define("get_isa() -> str")
 _LIBRARIES["pyfast_cpu"].define("set_isa(str name) -> ()")
 
 
-# ---- activations: any shape, elementwise
-@kernel("swiglu(Tensor gate, Tensor up) -> Tensor")
-def _(gate, up):
-    return torch.empty_like(gate)
+# ---- activations: "silu", "gelu", "gelu_tanh", "relu"; any strides, results contiguous
+@kernel("gated(Tensor gate, Tensor up, str activation) -> Tensor")
+def _(gate, up, activation):
+    return gate.new_empty(gate.shape)
 
 
-@kernel("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)")
-def _(dy, gate, up):
-    return torch.empty_like(gate), torch.empty_like(up)
+@kernel("gated_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)")
+def _(dy, gate, up, activation):
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+@kernel("activate(Tensor x, Tensor bias, str activation) -> Tensor")
+def _(x, bias, activation):
+    return x.new_empty(x.shape)
+
+
+@kernel("activate_backward(Tensor dy, Tensor x, Tensor bias, str activation, bool bias_gradient) -> (Tensor, Tensor)")
+def _(dy, x, bias, activation, bias_gradient):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape if bias_gradient else (0,))
 
 
 # ---- dropout: the factor, 0 or 1 / (1 - p), of each logical element index from begin on
