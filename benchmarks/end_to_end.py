@@ -73,6 +73,13 @@ def resident_mb(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def receive(pipe) -> int:
+    try:
+        return pipe.recv()
+    except EOFError:  # the measuring process has given up
+        return 0
+
+
 def worker(pipe, variant: str, options: argparse.Namespace) -> None:
     """Serves rounds: receives a number of steps, answers its seconds, losses, peak memory and what others took."""
     import torch
@@ -101,7 +108,7 @@ def worker(pipe, variant: str, options: argparse.Namespace) -> None:
         optimizer.zero_grad()
         return loss.item()
 
-    while steps := pipe.recv():
+    while steps := receive(pipe):
         with OthersLoad() as others:
             start = time.perf_counter()
             losses = [step() for _ in range(steps)]
