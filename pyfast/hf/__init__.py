@@ -1,1 +1,1 @@
-"""The swap into Hugging Face models: one row of data per family (families.py), one generic forward per kind of module."""
+"""The swap into Hugging Face models: a row of data per family (families.py), a generic forward per kind of module."""

@@ -121,9 +121,7 @@ FAMILIES: dict[str, Family] = {
             window="config.sliding_window",
             branch_dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
         ),
-        Family(
-            "granite", "Granite", residual_multiplier="residual_multiplier", logit_divisor="config.logits_scaling"
-        ),
+        Family("granite", "Granite", residual_multiplier="residual_multiplier", logit_divisor="config.logits_scaling"),
         Family(
             "cohere",
             "Cohere",

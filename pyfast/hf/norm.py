@@ -31,7 +31,8 @@ def _norm(module, family, x, residual=None):
 
 def add_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + residual), x + residual), in one op where the module allows it."""
-    if swapped_as(module, norm_forward) and is_plain(module):
+    same = x.dtype == residual.dtype  # under autocast the residual stays in fp32
+    if same and swapped_as(module, norm_forward) and is_plain(module):
         return _norm(module, type(module)._pyfast_family, x, residual)
     residual = residual + x
     return module(residual), residual

@@ -58,7 +58,9 @@ def _table(heads: tuple[str, ...], rows: list[tuple]) -> list[str]:
     counts = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", row[0]) or "(model)", *row[1:]) for row in rows)
     cells = [(*heads, ""), *((*row, f"×{count}" if count > 1 else "") for row, count in counts.items())]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
 
 
 def patch(
@@ -98,7 +100,9 @@ def patch(
     if strict and report.skipped:
         unpatch(model)
         reasons = "; ".join(f"{module or 'the model'}: {reason}" for module, reason in report.skipped)
-        raise RuntimeError(f"pyfast.patch(strict=True): the model is unchanged, since not all could be swapped. {reasons}")
+        raise RuntimeError(
+            f"pyfast.patch(strict=True): the model is unchanged, since not all could be swapped. {reasons}"
+        )
     return report
 
 
@@ -122,7 +126,9 @@ def _check_model(model) -> None:
             " load one with AutoModel...from_pretrained first"
         )
     if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
-        raise TypeError(f"pyfast.patch takes a model that holds a transformers PreTrainedModel; {type(model).__name__} holds none")
+        raise TypeError(
+            f"pyfast.patch takes a model that holds a transformers PreTrainedModel; {type(model).__name__} holds none"
+        )
 
 
 def _wanted(ops) -> frozenset[str] | None:
@@ -133,7 +139,9 @@ def _wanted(ops) -> frozenset[str] | None:
     names = frozenset([ops] if isinstance(ops, str) else ops)
     unknown = sorted(names - set(known))
     if unknown:
-        raise ValueError(f"pyfast.patch: no op is called {', '.join(unknown)}; choose 'auto' or from {', '.join(known)}")
+        raise ValueError(
+            f"pyfast.patch: no op is called {', '.join(unknown)}; choose 'auto' or from {', '.join(known)}"
+        )
     return names
 
 

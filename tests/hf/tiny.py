@@ -21,7 +21,7 @@ _LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "attention_dropout": 0.0,
-    "initializer_range": 0.15,
+    "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
 _BERT = {
@@ -34,7 +34,7 @@ _BERT = {
     "pad_token_id": PAD,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.15,
+    "initializer_range": 0.1,
     "num_labels": 3,
 }
 _GPT2 = {
@@ -49,7 +49,7 @@ _GPT2 = {
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
-    "initializer_range": 0.15,
+    "initializer_range": 0.1,
 }
 
 #: case -> (model class, configuration class, configuration)
@@ -95,17 +95,16 @@ CASES = {
     "llama-sequence": ("LlamaForSequenceClassification", "LlamaConfig", {**_LLAMA, "num_labels": 3}),
 }
 CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "cohere", "gemma2", "gpt2"]
-#: what LoRA is put on
-ADAPTERS = {"none": None, "lora": "all-linear", "head": "all-linear and the head"}
 
 
 @functools.cache
 def _stock(case: str, dtype: torch.dtype, adapter: str):
+    """adapter: "none", "lora" (on every projection) or "head" (on lm_head too)."""
     cls, config_cls, config = CASES[case]
     torch.manual_seed(1)
     model = getattr(transformers, cls)(getattr(transformers, config_cls)(**config))
     with torch.no_grad():  # biases and norms at their initial values would hide errors
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.3 * torch.randn(parameter.shape)
     model = model.to(dtype)
@@ -125,7 +124,7 @@ def add_lora(model, case: str, head: bool = False, **options):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape))
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
     return model
 
 
@@ -195,8 +194,9 @@ def step(model, **inputs):
 @functools.cache
 def truth(case: str, dtype: torch.dtype, adapter: str, kind: str):
     """The stock model's step in fp64, from the weights of `dtype`."""
+    model = stock(case, dtype, adapter).double()
     with InDouble():
-        return step(stock(case, dtype, adapter).double(), **batch(case, kind))
+        return step(model, **batch(case, kind))
 
 
 @functools.cache
@@ -234,4 +234,3 @@ def assert_steps_agree(got, truth, own, dtype: torch.dtype) -> None:
             error = measure(gradient.double() - ref[name])
             allowed = 2 * max(worst * measure(ref[name]), 2 * errors[name])
             assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}, of {measure(ref[name]):.3e}"
-
