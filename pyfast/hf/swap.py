@@ -54,7 +54,8 @@ def swapped_class(stock: type[nn.Module], run: Callable, family: Family | None) 
 
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
-        if len(args) > len(names):
+        # a wrapper (accelerate's autocast) may still hold this forward after the module was unpatched
+        if len(args) > len(names) or not isinstance(self, cls):
             return stock.forward(self, *args, **kwargs)
         return run(self, family, stock, **dict(zip(names, args, strict=False)), **kwargs)
 

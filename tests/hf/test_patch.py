@@ -48,6 +48,27 @@ def test_unpatch_restores_exactly(case):
     assert all(torch.equal(gradients_again[name], gradient) for name, gradient in gradients.items())
 
 
+def test_unpatch_reaches_a_forward_that_a_wrapper_holds():
+    """accelerate's mixed precision keeps the bound forward of the model that it wraps."""
+    model = stock("llama")
+    pyfast.patch(model)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert model(**batch("llama")).logits is None
+    pyfast.unpatch(model)
+    assert model(**batch("llama")).logits is not None
+
+
+def test_a_module_with_a_forward_of_its_own_is_reported():
+    model = stock("llama")
+    mlp, expected = model.model.layers[0].mlp, model(**batch("llama")).loss
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x)
+    report = pyfast.patch(model)
+    assert report.skipped == [("model.layers.0.mlp", "another library has given it a forward of its own")]
+    torch.testing.assert_close(model(**batch("llama")).loss, expected)
+
+
 def test_report_names_module_op_and_backend():
     model = stock("llama", adapter="head")
     report = pyfast.patch(model)
