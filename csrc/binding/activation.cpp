@@ -13,15 +13,8 @@ Activation activation_of(const std::string& name) {
   return Activation::silu;
 }
 
-void check_pair(const Tensor& a, const Tensor& b) {
-  CHECK_SAME_DTYPE(a, b);
-  bool same = a.dim() == b.dim();
-  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
-  STD_TORCH_CHECK(same, "inputs of shape ", shape_of(a), " and ", shape_of(b), " differ");
-}
-
 Tensor gated_cpu(const Tensor& gate, const Tensor& up, std::string activation) {
-  check_pair(gate, up);
+  check_like(gate, up, "up");
   RowsOf g = rows_of(gate), u = rows_of(up);
   Tensor y = new_contiguous(gate);
   gated(dtype_of(gate), activation_of(activation), g, u, contiguous_rows(y, g), g.rows, g.cols);
@@ -30,8 +23,8 @@ Tensor gated_cpu(const Tensor& gate, const Tensor& up, std::string activation) {
 
 std::tuple<Tensor, Tensor> gated_backward_cpu(const Tensor& dy, const Tensor& gate, const Tensor& up,
                                               std::string activation) {
-  check_pair(gate, up);
-  check_pair(gate, dy);
+  check_like(gate, up, "up");
+  check_like(gate, dy, "dy");
   RowsOf d = rows_of(dy), g = rows_of(gate), u = rows_of(up);
   Tensor dgate = new_contiguous(gate), dup = new_contiguous(up);
   gated_backward(dtype_of(gate), activation_of(activation), d, g, u, contiguous_rows(dgate, g), contiguous_rows(dup, g),
@@ -56,7 +49,7 @@ Tensor activate_cpu(const Tensor& x, const Tensor& bias, std::string activation)
 std::tuple<Tensor, Tensor> activate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& bias,
                                                  std::string activation, bool bias_gradient) {
   check_bias(x, bias);
-  check_pair(x, dy);
+  check_like(x, dy, "dy");
   RowsOf d = rows_of(dy), r = rows_of(x);
   Tensor dx = new_contiguous(x), b = to_fp32(bias);
   Tensor dbias = torch::stable::new_empty(bias, {bias_gradient ? r.cols : 0});

@@ -37,6 +37,14 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
   STD_TORCH_CHECK(same, name, " has shape ", shape_of(t), ", expected (", names, ")");
 }
 
+// other has x's shape and dtype
+inline void check_like(const Tensor& x, const Tensor& other, const char* name) {
+  bool same = x.dim() == other.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == other.size(i);
+  STD_TORCH_CHECK(same, name, " has shape ", shape_of(other), ", expected ", shape_of(x));
+  STD_TORCH_CHECK(x.scalar_type() == other.scalar_type(), name, " differs in dtype from the tensor beside it");
+}
+
 #define CHECK_CONTIGUOUS(tensor) STD_TORCH_CHECK(tensor.is_contiguous(), #tensor, " must be contiguous")
 
 inline DType dtype_of(const Tensor& t) {

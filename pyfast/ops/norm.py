@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, reference
+from pyfast.ops.autograd import first_order
 from pyfast.ops.checks import check_floating, check_parameter, check_same
 from pyfast.reference import wide
 
@@ -23,7 +24,7 @@ def rms_norm(
 
     x: (..., N); residual: x's shape and dtype. Returns y in x's dtype; with residual (y, h), and gradients flow through
     both. weight: (N,), or (G, N) and so on for the trailing dimensions of x (a weight per head; the mean stays over
-    N), in x's dtype or fp32, or None for ones. weight_offset is 1.0 in Gemma.
+    N), in x's dtype or fp32, or None for no scaling at all. weight_offset is 1.0 in Gemma.
     Computed in fp32 and rounded once (h is rounded to x's dtype first, as it is returned). Saves h and one fp32 number
     per row; weight gets a gradient only where it requires one.
     Raises TypeError for non-floating or unserved dtypes, ValueError for shapes or devices that do not fit.
@@ -32,6 +33,8 @@ def rms_norm(
     backend = dispatch.choose("rms_norm", x)
     if backend == "reference":
         return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
+    if backend != "torch":
+        return _norm(x, weight, None, eps, residual, weight_offset, False, backend)
     h = x if residual is None else x + residual
     if weight is None or (weight.dim() == 1 and weight.dtype == x.dtype and weight_offset == 0):
         y = F.rms_norm(h, h.shape[-1:], weight, eps)
@@ -61,6 +64,8 @@ def layer_norm(
     backend = dispatch.choose("layer_norm", x)
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps, residual=residual)
+    if backend != "torch":
+        return _norm(x, weight, bias, eps, residual, 0.0, True, backend)
     h = x if residual is None else x + residual
     given = [p for p in (weight, bias) if p is not None]
     if all(p.dim() == 1 and p.dtype == x.dtype for p in given):
@@ -90,3 +95,32 @@ def _check(op, x, eps, residual, **parameters):
                 f"{op}: {name} has shape {tuple(parameter.shape)}, expected {tuple(x.shape[-1:])} or more of the"
                 f" trailing dimensions of x, {tuple(x.shape)}"
             )
+
+
+def _norm(x, weight, bias, eps, residual, weight_offset, center, backend):
+    y, h = _Norm.apply(x, weight, bias, residual, float(eps), float(weight_offset), center, backend)
+    return y if residual is None else (y, h)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, weight_offset, center, backend):
+        y, h, mean, rstd = dispatch.kernels(backend).norm(x, weight, bias, residual, eps, weight_offset, center)
+        ctx.options = weight_offset, center
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else h, mean, rstd, weight, bias)
+        return y, None if residual is None else h
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy, dh):
+        h, mean, rstd, weight, bias = ctx.saved_tensors
+        if dy is None:  # only the sum was used
+            return dh, None, None, dh, None, None, None, None
+        wanted = ctx.needs_input_grad[1:3]
+        dx, dweight, dbias = dispatch.kernels(ctx.backend).norm_backward(
+            dy, dh, h, mean, rstd, weight, bias, *ctx.options, *wanted
+        )
+        dweight, dbias = (g if w else None for g, w in zip((dweight, dbias), wanted, strict=True))
+        return dx, dweight, dbias, dx if ctx.needs_input_grad[3] else None, None, None, None, None

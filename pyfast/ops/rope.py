@@ -3,6 +3,7 @@
 import torch
 
 from pyfast import dispatch, reference
+from pyfast.ops.autograd import first_order
 from pyfast.ops.checks import check_floating, check_parameter, check_same
 
 
@@ -46,7 +47,11 @@ def rope(
     backend = dispatch.choose("rope", q)
     if backend == "reference":
         return reference.rope(q, k, cos, sin, interleaved=interleaved)
-    return _torch(q, k, cos, sin, interleaved)
+    if backend == "torch":
+        return _torch(q, k, cos, sin, interleaved)
+    if cos.dim() == 2:
+        cos, sin = cos[None], sin[None]
+    return tuple(_Rope.apply(x, cos, sin, interleaved, backend) for x in (q, k))
 
 
 def _torch(q, k, cos, sin, interleaved):
@@ -60,3 +65,17 @@ def _torch(q, k, cos, sin, interleaved):
         return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), -1)
 
     return turn(q), turn(k)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved, backend):
+        ctx.interleaved, ctx.backend = interleaved, backend
+        ctx.save_for_backward(cos, sin)
+        return dispatch.kernels(backend).rope(x, cos, sin, interleaved, False)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return dispatch.kernels(ctx.backend).rope(dy, cos, sin, ctx.interleaved, True), None, None, None, None

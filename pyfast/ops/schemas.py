@@ -51,6 +51,44 @@ def _(dy, x, bias, activation, bias_gradient):
     return x.new_empty(x.shape), bias.new_empty(bias.shape if bias_gradient else (0,))
 
 
+# ---- norms: x (..., N) of any strides; weight and bias (N,) or more of x's trailing dimensions; results contiguous.
+# sum is empty without residual, mean without center (RMSNorm), a gradient where it is not asked for.
+@kernel(
+    "norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, float weight_offset, bool center)"
+    " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)"
+)
+def _(x, weight, bias, residual, eps, weight_offset, center):
+    rows = x.shape[:-1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((0,) if residual is None else x.shape),
+        x.new_empty(rows if center else (0,), dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32),
+    )
+
+
+@kernel(
+    "norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias,"
+    " float weight_offset, bool center, bool weight_gradient, bool bias_gradient)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+def _(dy, dsum, x, mean, rstd, weight, bias, weight_offset, center, weight_gradient, bias_gradient):
+    return (
+        x.new_empty(x.shape),
+        *(
+            (x if p is None else p).new_empty(p.shape if wanted else (0,))
+            for p, wanted in ((weight, weight_gradient), (bias, bias_gradient))
+        ),
+    )
+
+
+# ---- rotary embedding: x (B, H, S, D); cos and sin (B or 1, S, R); the result has x's memory layout
+@kernel("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor")
+def _(x, cos, sin, interleaved, inverse):
+    y = torch.empty_like(x)
+    return y if y.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 # ---- dropout: the factor, 0 or 1 / (1 - p), of each logical element index from begin on
 @kernel("dropout_factors(Tensor seed, SymInt begin, SymInt count, float p) -> Tensor")
 def _(seed, begin, count, p):
