@@ -58,16 +58,15 @@ def test_layout_is_kept(kernel, dtype, interleaved):
 
     def op(q, k, cos, sin):
         q, k = (x.view(2, 7, -1, 32).transpose(1, 2) for x in (q, k))
-        results = rope(q, k, cos, sin, interleaved=interleaved)
-        assert [y.stride() for y in results] == [q.stride(), k.stride()]
-        return results
+        return rope(q, k, cos, sin, interleaved=interleaved)
 
     check(op, [*leaves, cos, sin], backend=kernel[0], arch=kernel[1])
-    x = leaves[0].detach().view(2, 7, 4, 32).transpose(1, 2).requires_grad_()
+    q, k = (x.detach().view(2, 7, -1, 32).transpose(1, 2).requires_grad_() for x in leaves)
     with pyfast.use_backend(kernel[0], arch=kernel[1]):
-        y, _ = rope(x, x, cos, sin, interleaved=interleaved)
-        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert dx.stride() == x.stride()
+        results = rope(q, k, cos, sin, interleaved=interleaved)
+        gradients = torch.autograd.grad(results, (q, k), [torch.ones_like(y) for y in results])
+    for x, y, dx in zip((q, k), results, gradients, strict=True):
+        assert y.stride() == dx.stride() == x.stride()
 
 
 def test_other_strides(kernel, dtype, interleaved):
