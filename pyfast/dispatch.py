@@ -32,9 +32,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "rms_norm": {"cpu": ("cpu", "torch")},
     "layer_norm": {"cpu": ("cpu", "torch")},
     "rope": {"cpu": ("cpu", "torch")},
-    "lora_linear": {"cpu": ("torch",)},
-    "lora_linears": {"cpu": ("torch",)},
-    "lora_mlp": {"cpu": ("torch",)},
+    "lora_linear": {"cpu": ("cpu", "torch")},
+    "lora_linears": {"cpu": ("cpu", "torch")},
+    "lora_mlp": {"cpu": ("cpu", "torch")},
 }
 
 _overrides: dict[str | None, str] = {}

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from harness import check, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import pyfast
 from pyfast.ops import LoraWeights, QuantizedWeight, lora_linear, lora_linears, lora_mlp
@@ -38,12 +41,184 @@ def linear(x, p, **kwargs):
     return lora_linear(x, p.weight, p.lora_A, p.lora_B, p.scaling, bias=p.bias, **kwargs)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_linear(kernel, dtype, option):
+    x = drawn(3, 23, 72, dtype=dtype)
+    check(linear, [x, projection(45, 72, dtype, **OPTIONS[option])], backend=kernel[0], arch=kernel[1])
+
+
+@pytest.mark.parametrize(
+    "rows, k, n, rank", [(1, 1, 1, 1), (2, 3, 5, 1), (33, 130, 64, 16), (300, 257, 515, 33), (64, 1100, 40, 4)]
+)
+def test_linear_shapes(kernel, dtype, rows, k, n, rank):
+    """Beyond one tile of the kernels in every direction, and less than one vector."""
+    x, p = drawn(rows, k, dtype=dtype), projection(n, k, dtype, rank=rank, bias=True, weight_grad=True)
+    check(linear, [x, p], backend=kernel[0], arch=kernel[1])
+
+
+@pytest.mark.parametrize("rows, k, n", [(0, 8, 6), (4, 0, 6), (4, 8, 0)])
+def test_linear_empty(kernel, dtype, rows, k, n):
+    """No rows, no columns: gradients of what got no contribution are zero."""
+    x, p = drawn(rows, k, dtype=dtype), projection(n, k or 1, dtype, rank=3, bias=True, weight_grad=True)
+    if k == 0:
+        p = p._replace(weight=drawn(n, 0, dtype=dtype), lora_A=drawn(3, 0, dtype=dtype))
+    (y,), gradients, _ = run(linear, [x, p], backend=kernel[0], arch=kernel[1])
+    (y_torch,), gradients_torch, _ = run(linear, [x, p], backend="torch")
+    for a, b in zip([y, *gradients], [y_torch, *gradients_torch], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_linear_strides(kernel, dtype):
+    """GPT-2's transposed weight, a row slice of a joined weight, and x, A, B of any strides."""
+    x = drawn(40, 2, 9, dtype=dtype, grad=False).permute(1, 2, 0).requires_grad_()
+    transposed = drawn(40, 30, dtype=dtype).t()
+    sliced = drawn(70, 40, dtype=dtype)[5:35]
+    lora_A, lora_B = drawn(40, 4, dtype=dtype).t(), drawn(4, 60, dtype=dtype)[:, ::2].t()
+    for weight in (transposed, sliced):
+        p = LoraWeights(*(t.detach().requires_grad_() for t in (weight, lora_A, lora_B)), 0.5)
+        check(linear, [x, p], backend=kernel[0], arch=kernel[1])
+
+
+@pytest.mark.parametrize("adapter", ["same", "fp32"])
+def test_linear_dropout(kernel, dtype, adapter):
+    x = drawn(37, 70, dtype=dtype)
+    p = projection(50, 70, dtype, rank=5, adapter=torch.float32 if adapter == "fp32" else None)
+    for seed in (3, torch.tensor(-(2**62))):
+        check(linear, [x, p], {"dropout_p": 0.3, "seed": seed}, backend=kernel[0], arch=kernel[1])
+
+
+def test_dropout_mask_is_the_backends_common_one(kernel):
+    """With lora_A = lora_B = 1 the result is dropout(x) itself, to be compared element by element."""
+    x = torch.ones(64, 32)
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        y = lora_linear(x, torch.zeros(32, 32), torch.eye(32), torch.eye(32), 1.0, dropout_p=0.5, seed=11)
+    assert torch.equal(y, pyfast.philox.dropout(x, 0.5, 11))
+
+
+def test_dropout_seed_drawn_from_torch(kernel):
+    x, p = drawn(16, 32, dtype=torch.float32), projection(8, 32, torch.float32)
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        torch.manual_seed(5)
+        a, b = linear(x, p, dropout_p=0.5), linear(x, p, dropout_p=0.5)
+        torch.manual_seed(5)
+        assert torch.equal(linear(x, p, dropout_p=0.5), a) and not torch.equal(a, b)
+        q, k = lora_linears(x, [p, p], dropout_p=0.5)
+        assert not torch.equal(q, k)
+        q, k = lora_linears(x, [p, p], dropout_p=0.5, seeds=[1, 1])
+        assert torch.equal(q, k)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_linears(kernel, dtype, dropout_p):
+    """Adapters of different ranks, one frozen projection without any, one with everything."""
+    x = drawn(2, 31, 72, dtype=dtype)
+    projections = [
+        projection(64, 72, dtype, rank=8, bias=True),
+        projection(20, 72, dtype, rank=0),
+        projection(33, 72, dtype, rank=19, adapter=torch.float32, scaling=0.5),
+        projection(48, 72, dtype, rank=2, weight_grad=True, bias=True),
+    ]
+    check(lora_linears, [x, projections], {"dropout_p": dropout_p, "seeds": [1, 2, 3, 4]}, *kernel)
+
+
+def test_linears_of_a_joined_weight(kernel, dtype):
+    """Phi-3's gate_up: row slices of one weight and one lora_B, the same lora_A and seed twice."""
+    x, joined = drawn(21, 40, dtype=dtype), projection(60, 40, dtype)
+
+    def op(x, p):
+        halves = [p._replace(weight=p.weight[s], lora_B=p.lora_B[s]) for s in (slice(30), slice(30, None))]
+        return lora_linears(x, halves, dropout_p=0.2, seeds=[9, 9])
+
+    check(op, [x, joined], backend=kernel[0], arch=kernel[1])
+
+
+@pytest.mark.parametrize("wanted", ["x", "lora_A", "lora_B", "weight", "bias"])
+def test_single_gradients(kernel, wanted):
+    """Each gradient alone equals the one among all, and the others are not computed."""
+    x = drawn(9, 24, dtype=torch.float32)
+    p = projection(17, 24, torch.float32, bias=True, weight_grad=True)
+    everything = {"x": x, **{k: v for k, v in p._asdict().items() if k != "scaling"}}
+    cotangent = torch.randn(9, 17)
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        (expected,) = torch.autograd.grad(linear(x, p), everything[wanted], cotangent)
+        for name, tensor in everything.items():
+            tensor.requires_grad_(name == wanted)
+        (alone,) = torch.autograd.grad(linear(x, p), everything[wanted], cotangent)
+    torch.testing.assert_close(alone, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "fp8", "fp8_tiles"])
+def test_quantized(kernel, dtype, format):
+    w = torch.randn(140, 192) * 0.1
+    weight = QuantizedWeight.quantize(w, format.removesuffix("_tiles"), tiles=format == "fp8_tiles")
+    bound = {"nf4": 0.16, "int8": 1 / 127, "fp8": 1 / 16, "fp8_tiles": 1 / 16}[format]
+    error = (pyfast.quantized.dequantize(weight, torch.float32) - w).abs().max()
+    assert error <= bound * w.abs().max()
+    x, p = drawn(10, 192, dtype=dtype), projection(140, 192, dtype, bias=True)
+    check(linear, [x, p._replace(weight=weight)], backend=kernel[0], arch=kernel[1])
+
+
 def test_nf4_layout():
     """bitsandbytes' layout: the first of two elements in the high four bits, a scale per block."""
     data = torch.tensor([[0x0F], [0x70]], dtype=torch.uint8)
     weight = QuantizedWeight("nf4", data, torch.tensor([2.0, 10.0]), (2, 2), blocksize=2)
     expected = torch.tensor([[-2.0, 2.0], [0.0, -10.0]])
     assert torch.equal(pyfast.quantized.dequantize(weight, torch.float32), expected)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_mlp(kernel, dtype, activation, gated):
+    x = drawn(2, 17, 40, dtype=dtype)
+    gate = projection(96, 40, dtype, rank=4, bias=True) if gated else None
+    up, down = projection(96, 40, dtype, rank=9), projection(40, 96, dtype, rank=5, bias=True)
+    check(lora_mlp, [x, gate, up, down], {"activation": activation}, *kernel)
+
+
+def test_mlp_dropout_and_full(kernel, dtype):
+    x = drawn(19, 40, dtype=dtype)
+    gate, up = (projection(50, 40, dtype, weight_grad=True, bias=True) for _ in range(2))
+    down = projection(40, 50, dtype, adapter=torch.float32, weight_grad=True)
+    check(lora_mlp, [x, gate, up, down], {"dropout_p": 0.3, "seeds": [1, 2, 3]}, *kernel)
+    up, down = (p._replace(lora_A=None, lora_B=None) for p in (up, down))
+    check(lora_mlp, [x, None, up, down], {"activation": "relu"}, *kernel)
+
+
+@given(st.integers(0, 40), st.integers(1, 70), st.integers(1, 70), st.integers(1, 20), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_drawn_shapes(rows, k, n, rank, bias):
+    """Against fp64 autograd; PyTorch's error in a few sums is chance, so the bound counts roundoffs."""
+    x, p = drawn(rows, k, dtype=torch.float32), projection(n, k, torch.float32, rank=rank, bias=bias, weight_grad=True)
+    outputs, gradients, cotangents = run(linear, [x, p], backend="cpu")
+    x, p = (
+        x.detach().double().requires_grad_(),
+        LoraWeights(*(t.detach().double().requires_grad_() if torch.is_tensor(t) else t for t in p)),
+    )
+    truth, truths, _ = run(linear, [x, p], None, "reference", None, [c.double() for c in cotangents])
+    for a, b in zip(outputs + gradients, truth + truths, strict=True):
+        if a.numel():
+            assert (a - b).abs().max() <= 8 * max(rows, k, n, rank) ** 0.5 * 2**-24 * max(1.0, float(b.abs().max()))
+
+
+def test_autocast(kernel):
+    """x and weight run in autocast's dtype; gradients come back in the parameters' own."""
+    x, p = drawn(12, 32, dtype=torch.float32), projection(20, 32, torch.float32, bias=True, weight_grad=True)
+    low = p._replace(weight=p.weight.bfloat16())
+    (expected,), _, _ = run(linear, [x.bfloat16(), low], backend=kernel[0], arch=kernel[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        (y,), gradients, _ = run(linear, [x, p], backend=kernel[0], arch=kernel[1])
+        check(linear, [x.detach().bfloat16().requires_grad_(), low], backend=kernel[0], arch=kernel[1])
+    assert torch.equal(y, expected) and y.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_retain_graph(kernel):
+    x, p = drawn(12, 32, dtype=torch.bfloat16), projection(20, 32, torch.bfloat16)
+    mlp = [projection(24, 32, torch.bfloat16), projection(24, 32, torch.bfloat16), projection(32, 24, torch.bfloat16)]
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        for y in (linear(x, p, dropout_p=0.5), lora_mlp(x, *mlp, dropout_p=0.5)):
+            first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+            assert torch.equal(first, torch.autograd.grad(y.sum(), x)[0])
 
 
 def test_reference_gradient():
@@ -58,6 +233,53 @@ def test_reference_gradient():
                 ),
                 (x, *p[:3], *down[:3]),
             )
+
+
+def test_opcheck():
+    x, p, q = (drawn(5, 9, dtype=torch.float32, grad=False), *(projection(7, 9, torch.float32, rank=r) for r in (3, 0)))
+    weight, A, B = ([t if t is None else t.detach() for t in pair] for pair in zip(p[:3], q[:3], strict=True))
+    arguments = weight, A, B, [2.0, 1.0], [torch.randn(7), None], 0.5, [torch.tensor(1), None]
+    torch.library.opcheck(torch.ops.pyfast_cpu.lora_linears.default, (x, *arguments))
+    wanted = [True, False, True, True, True, True, False, False, False]
+    dy, h = [torch.randn(5, 7)] * 2, torch.randn(5, 3)
+    torch.library.opcheck(torch.ops.pyfast_cpu.lora_linears_backward.default, (dy, x, h, *arguments, wanted))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(compiler):
+    """One graph, forward and backward, bit-equal to eager; other row counts and seeds do not recompile."""
+    p = [projection(16, 32, torch.float32, bias=True), projection(16, 32, torch.float32, rank=0)]
+    down = projection(32, 16, torch.float32)
+
+    def op(x, p, down, seed):
+        q, k = lora_linears(x, p, dropout_p=0.25, seeds=[seed, seed])
+        mlp = lora_mlp(x + 1, p[0], p[1], down, dropout_p=0.25, seeds=[seed] * 3)
+        return lora_linear(q, *down[:4]), k, mlp
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, backend=compiler, dynamic=True)
+    for rows, seed in ((5, 1), (9, 2), (3, 3)):
+        args = [drawn(2, rows, 32, dtype=torch.float32), p, down, torch.tensor(seed)]
+        for a, b in zip(run(op, args, backend="cpu")[:2], run(compiled, args, backend="cpu")[:2], strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_quantized():
+    x, p = drawn(4, 64, dtype=torch.float32), projection(8, 64, torch.float32)
+    p = p._replace(weight=QuantizedWeight.quantize(p.weight, "nf4"))
+    compiled = torch.compile(lambda x, p: linear(x, p), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(linear, [x, p], backend="cpu")[:2], run(compiled, [x, p], backend="cpu")[:2], strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
+def test_second_derivative_and_vmap_raise():
+    x, p = drawn(4, 8, dtype=torch.float32), projection(5, 8, torch.float32)
+    (dx,) = torch.autograd.grad(linear(x, p).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(dx.sum(), p.lora_A)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda x: linear(x, p))(x.detach())
 
 
 W, A, B = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)

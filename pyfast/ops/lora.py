@@ -1,6 +1,8 @@
 """lora_linear, lora_linears, lora_mlp: frozen linear layers with low-rank adapters (Hu et al. 2021, "LoRA"; the layer
 is PEFT's)."""
 
+import functools
+import math
 import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, philox, reference
-from pyfast.ops.autograd import autocast
+from pyfast.ops.autograd import autocast, first_order
 from pyfast.ops.checks import check_floating, check_parameter, describe
 from pyfast.quantized import QuantizedWeight, dequantize
 
@@ -110,11 +112,15 @@ def lora_mlp(
     if backend == "reference":
         gate = first[0] if gate is not None else None
         return reference.lora_mlp(x, gate, first[-1], down, activation=activation, dropout_p=dropout_p, seeds=seeds)
-    hidden = _torch_linears(x, first, dropout_p, seeds[:-1])
+    if backend == "torch":
+        linears = _torch_linears
+    else:
+        linears = functools.partial(_kernel_linears, backend)
+    hidden = linears(x, first, dropout_p, seeds[:-1])
     a = _TORCH_ACTIVATIONS[activation](hidden[0])
     if gate is not None:
         a = a * hidden[1]
-    return _torch_linears(a, [down], dropout_p, seeds[-1:])[0]
+    return linears(a, [down], dropout_p, seeds[-1:])[0]
 
 
 def _linears(op, x, named, dropout_p, seeds):
@@ -125,7 +131,9 @@ def _linears(op, x, named, dropout_p, seeds):
     backend = dispatch.choose(op, x)
     if backend == "reference":
         return reference.lora_linears(x, projections, dropout_p=dropout_p, seeds=seeds)
-    return _torch_linears(x, projections, dropout_p, seeds)
+    if backend == "torch":
+        return _torch_linears(x, projections, dropout_p, seeds)
+    return _kernel_linears(backend, x, projections, dropout_p, seeds)
 
 
 def _autocast_input(op, x):
@@ -206,3 +214,76 @@ def _torch_linears(x, projections, dropout_p, seeds):
             y = y + F.linear(h, lora_B.to(x.dtype)) * scaling
         results.append(y)
     return tuple(results)
+
+
+# ---- kernels
+class _Spec(NamedTuple):
+    """What a node knows besides its tensors."""
+
+    backend: str
+    dropout_p: float
+    scaling: tuple[float, ...]
+    quantized: tuple[tuple | None, ...]  # format, shape and blocksize of each QuantizedWeight
+
+
+def _kernel_linears(backend, x, projections, dropout_p, seeds):
+    # tensors by kind: all weights, their scales, lora_A, lora_B, biases, seeds
+    quantized = [p.weight if isinstance(p.weight, QuantizedWeight) else None for p in projections]
+    spec = _Spec(
+        backend,
+        float(dropout_p),
+        tuple(p.scaling for p in projections),
+        tuple(q and (q.format, q.shape, q.blocksize) for q in quantized),
+    )
+    weights = [p.weight if q is None else q.data for p, q in zip(projections, quantized, strict=True)]
+    scales = [q and q.scale for q in quantized]
+    columns = zip(*((p.lora_A, p.lora_B, p.bias) for p in projections), strict=True)
+    tensors = [*weights, *scales, *(tensor for column in columns for tensor in column), *seeds]
+    for i, tensor in enumerate(tensors):  # torch.compile wants each argument of a node to be another tensor
+        if tensor is not None and any(tensor is other for other in tensors[:i]):
+            tensors[i] = tensor.view_as(tensor)
+    return _Linears.apply(spec, x, *tensors)
+
+
+def _kernel_arguments(spec, dtype, tensors):
+    """weight, lora_A, lora_B, scaling, bias, dropout_p, seed as the kernels take them."""
+    count = len(spec.scaling)
+    weights, scales, lora_A, lora_B, bias, seeds = (list(tensors[i * count : (i + 1) * count]) for i in range(6))
+    for i, (meta, scale) in enumerate(zip(spec.quantized, scales, strict=True)):
+        if meta is not None:
+            format, shape, blocksize = meta
+            weights[i] = dequantize(QuantizedWeight(format, weights[i], scale, shape, blocksize), dtype)
+    return weights, lora_A, lora_B, list(spec.scaling), bias, spec.dropout_p, seeds
+
+
+def _rows(x):
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, x, *tensors):
+        rows = _rows(x)
+        arguments = _kernel_arguments(spec, x.dtype, tensors)
+        results, h = dispatch.kernels(spec.backend).lora_linears(rows, *arguments)
+        count, needs = len(spec.scaling), ctx.needs_input_grad[2:]
+        ctx.spec, ctx.leading = spec, x.shape[:-1]
+        # x is needed for the gradients of weight and lora_A, h for those of lora_B
+        x_needed, h_needed = any(needs[:count] + needs[2 * count : 3 * count]), any(needs[3 * count : 4 * count])
+        ctx.save_for_backward(rows if x_needed else None, h if h_needed else None, *tensors)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, *dy):
+        x, h, *tensors = ctx.saved_tensors
+        dy = [_rows(d) for d in dy]
+        count, needs = len(ctx.spec.scaling), ctx.needs_input_grad
+        kinds = [needs[2 + kind * count : 2 + (kind + 1) * count] for kind in (0, 2, 3, 4)]
+        wanted = [needs[1], *(w for projection in zip(*kinds, strict=True) for w in projection)]
+        arguments = _kernel_arguments(ctx.spec, dy[0].dtype, tensors)
+        found = iter(dispatch.kernels(ctx.spec.backend).lora_linears_backward(dy, x, h, *arguments, wanted))
+        gradients = [next(found) if w else None for w in wanted]
+        dx = None if gradients[0] is None else gradients[0].view(*ctx.leading, gradients[0].shape[-1])
+        weights, lora_A, lora_B, bias = (gradients[1 + kind :: 4] for kind in range(4))
+        return None, dx, *weights, *[None] * count, *lora_A, *lora_B, *bias, *[None] * count

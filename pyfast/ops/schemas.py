@@ -89,6 +89,29 @@ def _(x, cos, sin, interleaved, inverse):
     return y if y.stride(-1) == 1 else x.new_empty(x.shape)
 
 
+# ---- lora: x (rows, K) contiguous; weight (N, K), lora_A (r, K), lora_B (N, r) and bias (N,) of any strides; the
+# second result is h = x A^T in fp32, (rows, sum of r). The backward returns the gradients that `wanted` asks for:
+# of x, then per projection of weight, lora_A, lora_B and bias.
+_PROJECTIONS = (
+    "Tensor[] weight, Tensor?[] lora_A, Tensor?[] lora_B, float[] scaling, Tensor?[] bias, "
+    "float dropout_p, Tensor?[] seed"
+)
+
+
+@kernel(f"lora_linears(Tensor x, {_PROJECTIONS}) -> (Tensor[], Tensor)")
+def _(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
+    rank = sum(a.shape[0] for a in lora_A if a is not None)
+    results = [x.new_empty((x.shape[0], w.shape[0])) for w in weight]
+    return results, x.new_empty((x.shape[0], rank), dtype=torch.float32)
+
+
+@kernel(f"lora_linears_backward(Tensor[] dy, Tensor? x, Tensor? h, {_PROJECTIONS}, bool[] wanted) -> Tensor[]")
+def _(dy, x, h, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, wanted):
+    parameters = [p for projection in zip(weight, lora_A, lora_B, bias, strict=True) for p in projection]
+    results = [dy[0].new_empty((dy[0].shape[0], weight[0].shape[1]))] if wanted[0] else []
+    return results + [p.new_empty(p.shape) for p, w in zip(parameters, wanted[1:], strict=True) if w]
+
+
 # ---- dropout: the factor, 0 or 1 / (1 - p), of each logical element index from begin on
 @kernel("dropout_factors(Tensor seed, SymInt begin, SymInt count, float p) -> Tensor")
 def _(seed, begin, count, p):

@@ -1,0 +1,263 @@
+// lora_linears: the frozen products by torch's GEMM, everything of low rank by csrc/cpu/lora.cpp.
+//   forward    H = dropout(x) A^T for all projections side by side, y = x W^T, then y += s H B^T + bias in one pass
+//   backward   dH = dy (s B), dx = sum dy W + dropout'(dH A), dA = dH^T dropout(x), dB = s dy^T H
+#include "cpu/lora.h"
+
+#include "binding/binding.h"
+#include "binding/gemm.h"
+
+namespace pyfast {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using Optionals = std::vector<std::optional<Tensor>>;
+
+Matrix matrix(const Tensor& t, bool transpose = false) {
+  int64_t rows = t.size(0), columns = t.size(1), row_stride = t.stride(0), column_stride = t.stride(1);
+  if (transpose) std::swap(rows, columns), std::swap(row_stride, column_stride);
+  return {dtype_of(t), t.mutable_data_ptr(), rows, columns, row_stride, column_stride};
+}
+
+// fp32 scratch of rows x padded(columns), zero beyond the columns
+struct Panel {
+  Tensor storage;
+  int64_t ld;
+  float* data;
+
+  Panel(const Tensor& like, int64_t rows, int64_t columns)
+      : storage(torch::stable::new_zeros(like, {rows * padded(columns) + kSlack}, ScalarType::Float)),
+        ld(padded(columns)),
+        data(static_cast<float*>(storage.mutable_data_ptr())) {}
+};
+
+// One projection's arguments, checked.
+struct Projection {
+  const Tensor& weight;
+  const std::optional<Tensor>&lora_A, &lora_B, &bias;
+  double scaling;
+  DropoutArgs dropout;
+  int64_t n, r, offset;  // offset: this adapter's first column in H
+
+  Matrix A(bool transpose = false) const { return matrix(*lora_A, transpose); }
+  Matrix B(bool transpose = false) const { return matrix(*lora_B, transpose); }
+};
+
+struct Projections {
+  std::vector<Projection> each;
+  int64_t rank = 0;  // of all adapters together
+
+  int64_t k = 0;
+  DType dtype;
+
+  Projections(const Tensors& weight, const Optionals& lora_A, const Optionals& lora_B,
+              const std::vector<double>& scaling, const Optionals& bias, double dropout_p, const Optionals& seed) {
+    const size_t count = weight.size();
+    STD_TORCH_CHECK(count > 0 && lora_A.size() == count && lora_B.size() == count && scaling.size() == count &&
+                        bias.size() == count && seed.size() == count,
+                    "weight, lora_A, lora_B, scaling, bias and seed differ in length, or are empty");
+    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "expected 0 <= dropout_p < 1");
+    dtype = dtype_of(weight[0]);
+    for (size_t i = 0; i < count; ++i) {
+      CHECK_SAME_DTYPE(weight[i], weight[0]);
+      STD_TORCH_CHECK(weight[i].dim() == 2, "weight has shape ", shape_of(weight[i]), ", expected (n, k)");
+      k = weight[0].size(1);
+      const int64_t n = weight[i].size(0);
+      CHECK_SHAPE(weight[i], n, k);
+      int64_t r = 0;
+      STD_TORCH_CHECK(lora_A[i].has_value() == lora_B[i].has_value(), "lora_A and lora_B go together");
+      DropoutArgs dropout{0, 0};
+      if (lora_A[i]) {
+        const Tensor &A = *lora_A[i], &B = *lora_B[i];
+        STD_TORCH_CHECK(A.dim() == 2 && A.size(0) > 0, "lora_A has shape ", shape_of(A), ", expected (r, k), r > 0");
+        r = A.size(0);
+        CHECK_SHAPE(A, r, k);
+        CHECK_SHAPE(B, n, r);
+        if (dropout_p > 0) {
+          STD_TORCH_CHECK(seed[i] && seed[i]->numel() == 1 && seed[i]->scalar_type() == ScalarType::Long,
+                          "seed must be one int64 where dropout_p > 0");
+          dropout = {dropout_p, uint64_t(*static_cast<const int64_t*>(seed[i]->const_data_ptr()))};
+        }
+      }
+      if (bias[i]) CHECK_SHAPE(*bias[i], n);
+      each.push_back({weight[i], lora_A[i], lora_B[i], bias[i], scaling[i], dropout, n, r, rank});
+      rank += r;
+    }
+  }
+
+  void check_input(const Tensor& x) const {
+    STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_of(x), ", expected (rows, k)");
+    CHECK_SHAPE(x, x.size(0), k);
+    CHECK_CONTIGUOUS(x);
+    STD_TORCH_CHECK(dtype_of(x) == dtype, "x and weight differ in dtype");
+  }
+
+  bool dropout() const {
+    for (const Projection& p : each)
+      if (p.dropout.p > 0) return true;
+    return false;
+  }
+};
+
+// out[i, :] = dropout(x)[i, :] panel, for one adapter's columns of the panel or, without dropout, for all at once
+void add_down(const Tensor& x, const Projections& projections, const Panel& panel, float* h) {
+  const int64_t rows = x.size(0), k = x.size(1), rank = projections.rank;
+  const auto down = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
+    lora_down(dtype_of(x), x.const_data_ptr(), rows, k, dropout, panel.data + offset, panel.ld, r, h + offset, rank);
+  };
+  if (!projections.dropout()) return down({0, 0}, 0, rank);
+  for (const Projection& p : projections.each)
+    if (p.r) down(p.dropout, p.offset, p.r);
+}
+
+std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Optionals lora_A, Optionals lora_B,
+                                             std::vector<double> scaling, Optionals bias, double dropout_p,
+                                             Optionals seed) {
+  const Projections projections(weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
+  projections.check_input(x);
+  const int64_t rows = x.size(0), k = x.size(1), rank = projections.rank;
+  Tensor h = torch::stable::new_empty(x, {rows, rank}, ScalarType::Float);
+  float* h_data = static_cast<float*>(h.mutable_data_ptr());
+  if (rank) {
+    Panel a(x, k, rank);
+    for (const Projection& p : projections.each)
+      if (p.r) lora_pack(p.A(true), 1.f, a.data + p.offset, a.ld);
+    add_down(x, projections, a, h_data);
+  }
+  Tensors results;
+  for (const Projection& p : projections.each) {
+    Tensor y = torch::stable::new_empty(x, {rows, p.n});
+    matmul_out(y, x, transposed(p.weight));
+    if (p.r || p.bias) {
+      Panel b(x, p.r + 1, p.n);  // s B^T, and the bias as its last row
+      if (p.r) lora_pack(p.B(true), float(p.scaling), b.data, b.ld);
+      float* bias_row = b.data + p.r * b.ld;
+      if (p.bias) {
+        lora_pack({dtype_of(*p.bias), p.bias->mutable_data_ptr(), 1, p.n, 0, p.bias->stride(0)}, 1.f, bias_row, b.ld);
+      }
+      lora_up(dtype_of(y), y.mutable_data_ptr(), rows, p.n, {0, 0}, h_data + p.offset, rank, p.r, b.data,
+              p.bias ? bias_row : nullptr);
+    }
+    results.push_back(y);
+  }
+  return {results, h};
+}
+
+// wanted: dx, then per projection dweight, dlora_A, dlora_B, dbias; the result has those that are wanted, in that order
+// (x is needed for dweight and dlora_A, h for dlora_B).
+Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::optional<Tensor> h, Tensors weight,
+                                  Optionals lora_A, Optionals lora_B, std::vector<double> scaling, Optionals bias,
+                                  double dropout_p, Optionals seed, std::vector<bool> wanted) {
+  const Projections projections(weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
+  STD_TORCH_CHECK(dy.size() == weight.size() && wanted.size() == 1 + 4 * weight.size() && dy[0].dim() == 2,
+                  "dy and wanted do not fit the number of weights, or dy[0] is no matrix");
+  const Tensor& like = weight[0];
+  const int64_t rows = dy[0].size(0), k = projections.k, rank = projections.rank;
+  const DType t = projections.dtype;
+  if (x) {
+    projections.check_input(*x);
+    CHECK_SHAPE(*x, rows, k);
+  }
+  if (h) {
+    CHECK_SHAPE(*h, rows, rank);
+    CHECK_CONTIGUOUS(h.value());
+    STD_TORCH_CHECK(h->scalar_type() == ScalarType::Float, "h must be float32");
+  }
+  const float* h_data = h ? static_cast<const float*>(h->const_data_ptr()) : nullptr;
+  const auto want = [&](size_t i, int which) { return bool(wanted[1 + 4 * i + which]); };
+
+  bool want_dh = wanted[0];
+  for (size_t i = 0; i < projections.each.size(); ++i) {
+    const Projection& p = projections.each[i];
+    CHECK_SHAPE(dy[i], rows, p.n);
+    CHECK_CONTIGUOUS(dy[i]);
+    CHECK_SAME_DTYPE(dy[i], like);
+    STD_TORCH_CHECK(
+        (x || !want(i, 0)) && ((p.r && x) || !want(i, 1)) && ((p.r && h) || !want(i, 2)) && (p.bias || !want(i, 3)),
+        "an input of a wanted gradient is missing");
+    want_dh = want_dh || want(i, 1);
+  }
+  Tensor dh = torch::stable::new_empty(like, {rows, want_dh ? rank : 0}, ScalarType::Float);
+  float* dh_data = static_cast<float*>(dh.mutable_data_ptr());
+  if (want_dh) {
+    for (size_t i = 0; i < projections.each.size(); ++i) {
+      const Projection& p = projections.each[i];
+      if (!p.r) continue;
+      Panel b(like, p.n, p.r);
+      lora_pack(p.B(), float(p.scaling), b.data, b.ld);
+      lora_down(t, dy[i].const_data_ptr(), rows, p.n, {0, 0}, b.data, b.ld, p.r, dh_data + p.offset, rank);
+    }
+  }
+
+  Tensors results;
+  if (wanted[0]) {
+    Tensor dx = torch::stable::new_empty(like, {rows, k});
+    for (size_t i = 0; i < projections.each.size(); ++i) {
+      matmul_out(dx, dy[i], projections.each[i].weight, i > 0);
+    }
+    if (rank) {
+      Panel a(like, rank, k);
+      for (const Projection& p : projections.each)
+        if (p.r) lora_pack(p.A(), 1.f, a.data + p.offset * a.ld, a.ld);
+      const auto up = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
+        lora_up(t, dx.mutable_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, a.data + offset * a.ld, nullptr);
+      };
+      if (!projections.dropout()) up({0, 0}, 0, rank);
+      for (const Projection& p : projections.each)
+        if (p.r && p.dropout.p > 0) up(p.dropout, p.offset, p.r);
+    }
+    results.push_back(dx);
+  }
+
+  bool want_dA = false;
+  for (size_t i = 0; i < projections.each.size(); ++i) want_dA = want_dA || want(i, 1);
+  Panel da(like, want_dA ? rank : 0, k);
+  if (want_dA) {
+    const auto outer = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
+      lora_outer(t, x->const_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, da.data + offset * da.ld,
+                 nullptr);
+    };
+    if (!projections.dropout()) outer({0, 0}, 0, rank);
+    for (const Projection& p : projections.each)
+      if (p.r && p.dropout.p > 0) outer(p.dropout, p.offset, p.r);
+  }
+
+  for (size_t i = 0; i < projections.each.size(); ++i) {
+    const Projection& p = projections.each[i];
+    if (want(i, 0)) {
+      Tensor dweight = torch::stable::new_empty(like, {p.n, k});
+      matmul_out(dweight, transposed(dy[i]), *x);
+      results.push_back(dweight);
+    }
+    if (want(i, 1)) {
+      Tensor dA = torch::stable::new_empty(*p.lora_A, {p.r, k});
+      lora_unpack(da.data + p.offset * da.ld, da.ld, 1.f, matrix(dA));
+      results.push_back(dA);
+    }
+    if (want(i, 2) || want(i, 3)) {
+      const int64_t r = want(i, 2) ? p.r : 0;
+      Panel db(like, r + 1, p.n);
+      lora_outer(t, dy[i].const_data_ptr(), rows, p.n, {0, 0}, h_data + p.offset, rank, r, db.data,
+                 want(i, 3) ? db.data + r * db.ld : nullptr);
+      if (want(i, 2)) {
+        Tensor dB = torch::stable::new_empty(*p.lora_B, {p.n, p.r});
+        lora_unpack(db.data, db.ld, float(p.scaling), matrix(dB, true));
+        results.push_back(dB);
+      }
+      if (want(i, 3)) {
+        Tensor dbias = torch::stable::new_empty(*p.bias, {p.n});
+        lora_unpack(db.data + r * db.ld, db.ld, 1.f, {dtype_of(dbias), dbias.mutable_data_ptr(), 1, p.n, 0, 1});
+        results.push_back(dbias);
+      }
+    }
+  }
+  return results;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyfast_cpu, CPU, m) {
+  m.impl("lora_linears", TORCH_BOX(&lora_linears_cpu));
+  m.impl("lora_linears_backward", TORCH_BOX(&lora_linears_backward_cpu));
+}
+
+}  // namespace pyfast
