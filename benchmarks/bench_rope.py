@@ -1,0 +1,25 @@
+"""rope: bytes are q and k read and written, forward and backward."""
+
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from benchmarks.bench_activation import DTYPES
+from benchmarks.harness import Case
+from pyfast import ops
+
+SHAPES = ((1, 12, 4, 64, 64), (4, 12, 4, 512, 64), (1, 32, 8, 8192, 128))
+
+
+def cases():
+    for name, dtype in DTYPES.items():
+        for batch, heads, kv_heads, length, width in SHAPES:
+
+            def inputs(batch=batch, heads=heads, kv_heads=kv_heads, length=length, width=width, dtype=dtype):
+                q, k = (torch.randn(batch, length, h, width).to(dtype).transpose(1, 2) for h in (heads, kv_heads))
+                angle = torch.randn(1, length, width // 2).repeat(1, 1, 2)
+                return q.requires_grad_(), k.requires_grad_(), angle.cos().to(dtype), angle.sin().to(dtype)
+
+            size = batch * (heads + kv_heads) * length * width * dtype.itemsize
+            label = f"{name} B{batch} H{heads}/{kv_heads} S{length} D{width}"
+            variants = {"pyfast": ops.rope, "transformers": apply_rotary_pos_emb}
+            yield Case("rope", label, inputs, variants, bytes=4 * size)
