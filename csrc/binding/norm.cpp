@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(const Tensor& x, Optional we
   Tensor mean = torch::stable::new_empty(x, center ? leading : none, ScalarType::Float);
   Tensor rstd = torch::stable::new_empty(x, leading, ScalarType::Float);
   norm(dtype_of(x), shape, in, residual ? Rows(other) : Rows{nullptr, 0}, (const float*)w.const_data_ptr(),
-       bias ? (const float*)b.const_data_ptr() : nullptr, float(eps), y.mutable_data_ptr(), sum.mutable_data_ptr(),
+       bias ? (const float*)b.const_data_ptr() : nullptr, eps, y.mutable_data_ptr(), sum.mutable_data_ptr(),
        (float*)mean.mutable_data_ptr(), (float*)rstd.mutable_data_ptr());
   return {y, sum, mean, rstd};
 }

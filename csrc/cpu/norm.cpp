@@ -25,7 +25,7 @@ PF_INLINE fvec masked(fvec v, int lanes) {
 }
 
 template <class T, bool Center>
-void forward(NormShape s, Rows x, Rows residual, const float* weight, const float* bias, float eps, T* y, T* sum,
+void forward(NormShape s, Rows x, Rows residual, const float* weight, const float* bias, double eps, T* y, T* sum,
              float* mean, float* rstd) {
   parallel_for(s.rows, kGrain / s.cols + 1, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -48,7 +48,7 @@ void forward(NormShape s, Rows x, Rows residual, const float* weight, const floa
         fvec v = masked(load_any(in + i, lanes) - m, lanes);
         squares += v * v;
       });
-      float r = rstd[row] = 1.f / std::sqrt(hsum(squares) / s.cols + eps);
+      float r = rstd[row] = float(1. / std::sqrt(double(hsum(squares)) / s.cols + eps));  // one rounding, not three
       const float* w = weight + row % s.weight_lines * s.cols;
       const float* b = bias ? bias + row % s.bias_lines * s.cols : nullptr;
       T* out = y + row * s.cols;
@@ -100,7 +100,7 @@ void backward(NormShape s, Rows dy, Rows dsum, Rows x, const float* mean, const 
 
 }  // namespace
 
-void norm(DType t, NormShape s, Rows x, Rows residual, const float* weight, const float* bias, float eps, void* y,
+void norm(DType t, NormShape s, Rows x, Rows residual, const float* weight, const float* bias, double eps, void* y,
           void* sum, float* mean, float* rstd) {
   if (s.center) {
     PYFAST_DISPATCH(t, T, forward<T, true>(s, x, residual, weight, bias, eps, (T*)y, (T*)sum, mean, rstd))

@@ -17,7 +17,7 @@ struct NormShape {
 // and then the rounded sum is written to `sum`, contiguous. y: contiguous. mean (where centred) and rstd: fp32 (rows,),
 // kept for backward.
 PYFAST_KERNEL(void, norm,
-              (DType t, NormShape shape, Rows x, Rows residual, const float* weight, const float* bias, float eps,
+              (DType t, NormShape shape, Rows x, Rows residual, const float* weight, const float* bias, double eps,
                void* y, void* sum, float* mean, float* rstd),
               (t, shape, x, residual, weight, bias, eps, y, sum, mean, rstd))
 
