@@ -24,8 +24,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("torch",)},
     "attention_varlen": {"cpu": ("torch",)},
-    "cross_entropy": {"cpu": ("torch",)},
-    "linear_cross_entropy": {"cpu": ("torch",)},
+    "cross_entropy": {"cpu": ("cpu", "torch")},
+    "linear_cross_entropy": {"cpu": ("cpu", "torch")},
     "swiglu": {"cpu": ("cpu", "torch")},
     "geglu": {"cpu": ("cpu", "torch")},
     "gelu_bias": {"cpu": ("cpu", "torch")},

@@ -1,6 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import check, check_shape, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import pyfast
 from pyfast.ops import cross_entropy
@@ -33,6 +36,124 @@ def inputs(rows, classes, dtype=torch.float32, scale=2.0, ignored=0.3, ignore_in
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+def test_error_rule(kernel, dtype, name):
+    check(cross_entropy, *inputs(24, 1061, dtype, **OPTIONS[name]), *kernel)
+
+
+@pytest.mark.parametrize("rows, classes", [(1, 1), (3, 2), (5, 16), (2, 17), (0, 7), (3, 2048), (2, 32003)])
+def test_shapes(kernel, dtype, rows, classes):
+    check(cross_entropy, *inputs(rows, classes, dtype, ignored=0.0, label_smoothing=0.1), *kernel)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 300.0])
+def test_magnitudes(kernel, dtype, scale):
+    """Nearly uniform rows, rows where one class takes all, and a large offset that all logits share."""
+    args, options = inputs(24, 1061, dtype, scale)
+    check(cross_entropy, args, options, *kernel)
+    offset = (args[0].detach() + 1000).requires_grad_()
+    check(cross_entropy, (offset, args[1]), {**options, "label_smoothing": 0.1}, *kernel)
+
+
+@pytest.mark.parametrize("name", ["plain", "smoothing", "softcap", "z_loss"])
+def test_upstream_gradient(kernel, dtype, name):
+    """A loss scaler's factor: fp16 gradients must not be rounded before it reaches them."""
+    args, options = inputs(24, 1061, dtype, **OPTIONS[name])
+    check(cross_entropy, args, options, *kernel, cotangents=[torch.tensor(4096.0)])
+
+
+def test_largest_logit_moves(kernel, dtype):
+    """The online softmax meets its largest logit in the first, a middle and the last of many steps."""
+    logits = torch.randn(4, 5000)
+    for row, column in enumerate((0, 2500, 4999)):
+        logits[row, column] = 12.0
+    logits[3] = torch.linspace(-20, 20, 5000)
+    check(cross_entropy, [logits.to(dtype).requires_grad_(), torch.tensor([1, 2500, 3, 4000])], {}, *kernel)
+
+
+def test_infinite_and_nan(kernel, dtype):
+    """-inf masks a class, as in torch; rows with a NaN or +inf are NaN and leave the others alone."""
+    logits = torch.randn(6, 1100)
+    logits[1, 30:] = -torch.inf
+    logits[2, :1050] = -torch.inf
+    logits[3, 1070] = torch.nan
+    logits[4, 5] = torch.inf
+    logits[5] = -torch.inf
+    logits = logits.to(dtype).requires_grad_()
+    target = torch.tensor([3, 4, 1060, 5, 6, 7])
+    (loss,), (gradient,), _ = run(cross_entropy, [logits, target], {"reduction": "none"}, *kernel)
+    expected = F.cross_entropy(logits.double(), target, reduction="none")
+    torch.testing.assert_close(loss, expected.float(), equal_nan=True)
+    assert loss[:3].isfinite().all() and loss[3:].isnan().all()
+    assert gradient[:3].isfinite().all() and gradient[1, 30:].eq(0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_row_counts(kernel, dtype, reduction):
+    for rows in (5, 0):
+        logits = torch.randn(rows, 20).to(dtype).requires_grad_()
+        args = [logits, torch.full((rows,), -100)]
+        options = {"reduction": reduction, "z_loss": 0.1, "label_smoothing": 0.1}
+        (loss,), (gradient,), _ = run(cross_entropy, args, options, *kernel)
+        assert loss.isnan() if reduction == "mean" else loss.eq(0).all()
+        assert gradient.shape == logits.shape and gradient.eq(0).all()
+
+
+def test_not_contiguous(kernel, dtype):
+    """A slice of a padded vocabulary, a transposed matrix, and a target with gaps."""
+    (logits, target), options = inputs(24, 70, dtype)
+    sliced = logits.detach()[::2, 3:64].requires_grad_()
+    transposed = logits.detach().T.requires_grad_()
+    for x, t in ((sliced, target[::2].clamp(max=60)), (transposed, torch.randint(24, (140,))[::2])):
+        check(cross_entropy, [x, t], options, *kernel)
+
+
+def test_one_row_without_batch(kernel, dtype):
+    (logits, target), _ = inputs(1, 33, dtype, ignored=0)
+    for reduction in ("mean", "none"):
+        check(cross_entropy, [logits.detach()[0].requires_grad_(), target[0]], {"reduction": reduction}, *kernel)
+
+
+def test_double_class_weights(kernel):
+    args, options = inputs(8, 33, weight=True)
+    options["weight"] = options["weight"].double()
+    check(cross_entropy, args, options, *kernel)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice(dtype, reduction):
+    (logits, target), _ = inputs(8, 33, dtype)
+    loss = cross_entropy(logits, target, reduction=reduction).sum() * 3
+    first = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(loss, logits)[0])
+
+
+def test_no_gradient_is_made_where_none_is_needed(dtype):
+    (logits, target), _ = inputs(8, 33, dtype)
+    with torch.no_grad():
+        loss = cross_entropy(logits, target)
+    assert not loss.requires_grad and loss.dtype == torch.float32
+    assert torch.equal(loss, cross_entropy(logits.detach(), target))
+    assert torch.equal(loss, cross_entropy(logits, target).detach())
+
+
+def test_autocast_does_not_cast():
+    (logits, target), _ = inputs(8, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_entropy(logits, target)
+    assert torch.equal(loss, cross_entropy(logits, target))
+
+
+@given(st.integers(0, 9), st.integers(1, 90), st.floats(0, 1), st.booleans(), st.sampled_from(["mean", "sum", "none"]))
+@settings(max_examples=30, deadline=None)
+def test_drawn(rows, classes, ignored, weight, reduction):
+    options = {"reduction": reduction, "weight": weight or None, "z_loss": 0.1, "label_smoothing": 0.2}
+    args, options = inputs(rows, classes, ignored=ignored, **options)
+    if reduction == "mean" and (args[1] == -100).all():
+        return  # NaN: test_no_row_counts
+    check_shape(cross_entropy, args, options)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_reference_gradient(name):
     args, options = inputs(4, 7, torch.float64, **OPTIONS[name])
     with pyfast.use_backend("reference"):
@@ -61,6 +182,47 @@ def test_follows_torch(backend, reduction, label_smoothing):
             torch.testing.assert_close(loss, expected, equal_nan=True)
             gradients = [torch.autograd.grad(y.sum(), logits)[0] for y in (loss, expected)]
             torch.testing.assert_close(*gradients)
+
+
+def test_opcheck():
+    (logits, target), options = inputs(5, 33, weight=True)
+    for upstream, softcap in ((None, None), (torch.rand(5, 2).double(), 2.0)):
+        arguments = (logits.detach(), target, options["weight"], upstream, -100, 0.1, softcap)
+        torch.library.opcheck(torch.ops.pyfast_cpu.cross_entropy.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "compiler, name", [("aot_eager", "all"), ("aot_eager", "none"), ("aot_eager", "plain"), ("inductor", "plain")]
+)
+def test_compile(compiler, name):
+    args, options = inputs(6, 33, **OPTIONS[name])
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend=compiler)
+    eager, compiled = (run(op, args, options, backend="cpu") for op in (cross_entropy, compiled))
+    torch.testing.assert_close(compiled[:2], eager[:2], rtol=1e-6, atol=1e-7)
+
+
+def test_compile_dynamic():
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, classes in ((4, 20), (7, 31)):
+        args, _ = inputs(rows, classes)
+        eager, dynamic = (run(op, args, backend="cpu") for op in (cross_entropy, compiled))
+        torch.testing.assert_close(dynamic[:2], eager[:2], rtol=1e-6, atol=1e-7)
+
+
+def test_kernel_checks_targets_by_itself():
+    """Compiled, the targets' values are not known to Python."""
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="target 33 is out of range"):
+        compiled(torch.randn(2, 33), torch.tensor([0, 33]))
+
+
+def test_second_derivative_and_vmap_raise():
+    (logits, target), _ = inputs(4, 9)
+    (gradient,) = torch.autograd.grad(cross_entropy(logits, target), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.sum(), logits)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(cross_entropy)(logits.detach()[None], target[None])
 
 
 @pytest.mark.parametrize(

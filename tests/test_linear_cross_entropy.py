@@ -1,6 +1,12 @@
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from close import assert_close
+from harness import check, check_shape, run, run_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import pyfast
 from pyfast.ops import linear_cross_entropy
@@ -65,8 +71,221 @@ def inputs(
     return (x, head, target), {"ignore_index": ignore_index, **options}
 
 
+def check_rule(args, options, kernel=("cpu", None), cotangents=None):
+    """The error rule for the result and every gradient.
+
+    A scalar loss of 16-bit logits is the sum of its rows' rounding errors, and how many of them cancel in PyTorch's one
+    number is chance. There the rows are held to the rule, and the scalar to PyTorch's worst row error in every row.
+    """
+    if args[0].dtype == torch.float32 or options.get("reduction") == "none":
+        return check(linear_cross_entropy, args, options, *kernel, cotangents)
+
+    def without_value(*args, **options):
+        loss = linear_cross_entropy(*args, **options)
+        return loss - loss.detach()
+
+    check(without_value, args, options, *kernel, cotangents)
+    by_row = {k: v for k, v in options.items() if k != "num_items_in_batch"} | {"reduction": "none"}
+    args, options, by_row = (
+        [x.detach() if torch.is_tensor(x) else x for x in args],
+        detached(options),
+        detached(by_row),
+    )
+    (rows,), _, _ = run(linear_cross_entropy, args, by_row, *kernel)
+    (loss,), _, _ = run(linear_cross_entropy, args, options, *kernel)
+    (torch_rows,), _, _ = run(linear_cross_entropy, args, by_row, "torch")
+    (true_rows,), _ = run_reference(linear_cross_entropy, args, by_row, [rows])
+    (true_loss,), _ = run_reference(linear_cross_entropy, args, options, [loss])
+    assert_close(rows, true_rows, torch_rows, "rows")
+    bound = (
+        2
+        * (torch_rows - true_rows).abs().max()
+        * (true_rows != 0).sum()
+        * (true_loss / true_rows.sum()).nan_to_num(1).abs()
+    )
+    assert (loss - true_loss).abs() <= bound + 2**-24 * true_loss.abs()
+
+
+def detached(options):
+    return {k: v.detach() if torch.is_tensor(v) else v for k, v in options.items()}
+
+
 def leaves(args, options):
     return [t for t in (*args, *options.values()) if torch.is_tensor(t) and t.requires_grad]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_error_rule(kernel, dtype, name):
+    check_rule(*inputs(60, 72, 601, dtype, **OPTIONS[name]), kernel)
+
+
+@pytest.mark.parametrize("shape", [((), 3, 5), (1, 1, 1), ((2, 3), 17, 33), ((0, 3), 4, 5), ((2, 2, 5), 64, 257)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shapes(kernel, shape, reduction):
+    args, options = inputs(*shape, bias=True, rank=2, ignored=0.0, reduction=reduction)
+    if args[2].numel() or reduction == "none":
+        check_shape(linear_cross_entropy, args, options, *kernel)
+
+
+@pytest.mark.parametrize("logits_bytes", [1, 40_000, 100_000])
+def test_many_chunks(kernel, dtype, logits_bytes, monkeypatch):
+    """Rows go through the buffer in several chunks, of equal and unequal length, with ignored rows between them."""
+    monkeypatch.setattr(importlib.import_module("pyfast.ops.linear_cross_entropy"), "LOGITS_BYTES", logits_bytes)
+    for options in ({"rank": 2, "frozen": True}, {"bias": True}, {"bias": True, "reduction": "none"}):
+        args, options = inputs(90, 40, 601, dtype, **options)
+        args[2][5:30] = -100
+        check_rule(args, options, kernel)
+
+
+@pytest.mark.parametrize(
+    "x_dtype, parameters", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize("name", ["all", "all_none", "plain"])
+def test_mixed_dtypes(kernel, name, x_dtype, parameters):
+    """fp32 adapters and heads beside lower-precision x: products in x's dtype, each gradient in its parameter's."""
+    x_dtype, parameters = getattr(torch, x_dtype), getattr(torch, parameters)
+    args, options = inputs(60, 72, 301, x_dtype, parameters=parameters, **OPTIONS[name])
+    check_rule(args, options, kernel)
+
+
+def test_trainable_parts(kernel):
+    """Each parameter alone: what needs no gradient gets none, and the others get theirs."""
+    (x, head, target), options = inputs(9, 8, 50, bias=True, rank=2)
+    tensors = {"input": x, "linear_weight": head, **{k: v for k, v in options.items() if torch.is_tensor(v)}}
+    for trained in tensors:
+        given = {k: v.detach().requires_grad_(k == trained) for k, v in tensors.items()}
+        check(linear_cross_entropy, [], {**options, **given, "target": target}, *kernel)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_row_counts(kernel, dtype, reduction):
+    for rows in (5, 0):
+        (x, head, target), options = inputs(rows, 6, 20, dtype, ignored=1.1, bias=True, rank=2, z_loss=0.1)
+        options["reduction"] = reduction
+        (loss,), gradients, _ = run(linear_cross_entropy, [x, head, target], options, *kernel)
+        assert loss.isnan() if reduction == "mean" else loss.eq(0).all()
+        assert len(gradients) == 5 and all(g.eq(0).all() for g in gradients)
+    options.update(reduction="mean", num_items_in_batch=3)
+    (loss,), gradients, _ = run(linear_cross_entropy, [x, head, target], options, *kernel)
+    assert loss == 0 and all(g.eq(0).all() for g in gradients)
+
+
+def test_ignored_rows_are_not_multiplied(kernel):
+    (x, head, target), _ = inputs(9, 8, 50)
+    x = torch.where((target == -100)[:, None], torch.nan, x.detach()).requires_grad_()
+    (loss,), gradients, _ = run(linear_cross_entropy, [x, head, target], {}, *kernel)
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("upstream", [4096.0, 1e-3])
+def test_upstream_gradient(kernel, dtype, upstream):
+    args, options = inputs(60, 72, 301, dtype, **OPTIONS["all"])
+    check_rule(args, options, kernel, [torch.tensor(upstream)])
+
+
+def test_any_strides(kernel, dtype):
+    (x, head, target), options = inputs((4, 6), 10, 50, dtype, bias=True, rank=2)
+    x = x.detach()[:, :-1].requires_grad_()  # as a causal language model shifts them
+    head = head.detach().T.contiguous().T.requires_grad_()
+    options["lora_B"] = torch.randn(2, 100).to(dtype)[:, ::2].T.requires_grad_()
+    options["linear_bias"] = torch.randn(100).to(dtype)[::2].requires_grad_()
+    check_rule([x, head, target[:, 1:]], options, kernel)
+
+
+def test_magnitudes(kernel, dtype):
+    """Rows where one class takes all."""
+    (x, head, target), _ = inputs(60, 72, 301, dtype)
+    check_rule([(x.detach() * 20).requires_grad_(), head, target], {"label_smoothing": 0.1}, kernel)
+
+
+@pytest.mark.parametrize("name", ["all", "all_none"])
+def test_backward_twice(dtype, name):
+    args, options = inputs(8, 5, 33, dtype, **OPTIONS[name])
+    loss = linear_cross_entropy(*args, **options).sum() * 3
+    first = torch.autograd.grad(loss, leaves(args, options), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, leaves(args, options)), strict=True))
+
+
+def test_no_grad_and_inference(dtype):
+    args, options = inputs(8, 5, 33, dtype, bias=True, rank=2)
+    with torch.no_grad():
+        loss = linear_cross_entropy(*args, **options)
+    assert not loss.requires_grad and loss.dtype == torch.float32
+    assert torch.equal(loss, linear_cross_entropy(*args, **options).detach())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_autocast(backend):
+    """Products in the autocast dtype, gradients in the parameters' fp32."""
+    args, options = inputs(8, 5, 33, bias=True, rank=2)
+    low = [torch.Tensor.bfloat16(args[0].detach()).requires_grad_(), *args[1:]]
+    with pyfast.use_backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(*args, **options)
+        gradients = torch.autograd.grad(loss, leaves(args, options))
+        expected = linear_cross_entropy(*low, **options)
+        expected_gradients = torch.autograd.grad(expected, leaves(low, options))
+    assert torch.equal(loss, expected) and loss.dtype == torch.float32
+    for gradient, like in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, like.float(), rtol=0, atol=0)
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_drawn(data):
+    def draw(*strategy):
+        return data.draw(st.sampled_from(strategy))
+
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    args, options = inputs(
+        data.draw(st.lists(st.integers(0, 5), max_size=3).map(tuple)), draw(1, 7, 32), draw(1, 2, 15, 16, 90),
+        bias=draw(False, True), rank=draw(0, 1, 4), frozen=draw(False, True), weight=draw(False, True),
+        ignored=draw(0.0, 0.5), reduction=draw("mean", "sum", "none"), label_smoothing=draw(0.0, 0.2),
+        softcap=draw(None, 2.0), z_loss=draw(0.0, 0.1), logit_scale=draw(1.0, 0.5),
+    )  # fmt: skip
+    if options["reduction"] == "mean" and (args[2] == -100).all():
+        return  # NaN: test_no_row_counts
+    check_shape(linear_cross_entropy, args, options)
+
+
+def test_opcheck():
+    (x, head, target), options = inputs(5, 6, 33, bias=True, rank=2, weight=True)
+    bias, A, B = (options[k].detach() for k in ("linear_bias", "lora_A", "lora_B"))
+    x, head = x.detach(), head.detach()
+    op, numbers = torch.ops.pyfast_cpu.linear_cross_entropy.default, (0.5, -100, 0.1, 2.0, 0.5, 1000)
+    torch.library.opcheck(op, (x, head, None, None, None, target, None, None, *numbers, [True] * 5))
+    upstream = torch.rand(5, 2).double()
+    torch.library.opcheck(op, (x, head, bias, A, B, target, options["weight"], upstream, *numbers, [True] * 5))
+    torch.library.opcheck(op, (x, head, None, A, B, target, None, upstream, *numbers, [True, False, True, False, True]))
+
+
+@pytest.mark.parametrize(
+    "compiler, name", [("aot_eager", "all"), ("aot_eager", "all_none"), ("aot_eager", "frozen"), ("inductor", "frozen")]
+)
+def test_compile(compiler, name):
+    args, options = inputs(6, 8, 33, **OPTIONS[name])
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=compiler)
+    eager, compiled = (run(op, args, options, backend="cpu") for op in (linear_cross_entropy, compiled))
+    torch.testing.assert_close(compiled[:2], eager[:2], rtol=1e-6, atol=1e-7)
+
+
+def test_compile_dynamic():
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, classes in ((4, 20), (7, 31)):
+        args, _ = inputs(rows, 8, classes)
+        eager, dynamic = (run(op, args, backend="cpu") for op in (linear_cross_entropy, compiled))
+        torch.testing.assert_close(dynamic[:2], eager[:2], rtol=1e-6, atol=1e-7)
+
+
+def test_second_derivative_and_vmap_raise():
+    (x, head, target), _ = inputs(4, 3, 9)
+    for of in (x, head):
+        (gradient,) = torch.autograd.grad(linear_cross_entropy(x, head, target), of, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(gradient.sum(), of)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(linear_cross_entropy, (0, None, 0))(x.detach()[None], head.detach(), target[None])
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -13,6 +13,7 @@ struct fp16 {
 
 // What a binding passes for a tensor's dtype, and what PYFAST_DISPATCH in a kernel turns back into a type.
 enum class DType : int { fp32, bf16, fp16 };
+inline int64_t size_of(DType t) { return t == DType::fp32 ? 4 : 2; }
 
 // Rows of contiguous elements, `stride` elements from one row's start to the next.
 struct Rows {

@@ -37,6 +37,15 @@ def first_order(backward):
     return wrapper
 
 
+def anchor(*tensors: torch.Tensor | None) -> torch.Tensor:
+    """An empty tensor that hangs on the graph of those that require grad.
+
+    An op that saves its gradients instead of its inputs saves this too: through it a second derivative finds its way
+    to the inputs, and raises, without the inputs being kept.
+    """
+    return torch.cat([t[:0].reshape(-1) for t in tensors if t is not None and t.requires_grad])
+
+
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under torch.autocast, the tensors in its dtype (matrix ops cast; norms and losses do not); otherwise as they are.
 

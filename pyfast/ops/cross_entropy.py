@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, reference
-from pyfast.ops.autograd import first_order
+from pyfast.ops.autograd import anchor, first_order
 from pyfast.ops.checks import check_floating, describe
 
 
@@ -60,8 +60,8 @@ def cross_entropy(
     rows = input.reshape(-1, input.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    gradient = torch.is_grad_enabled() and input.requires_grad
-    loss = _CrossEntropy.apply(rows, target.reshape(-1), weight, *options, softcap, z_loss, gradient, backend)
+    graph = anchor(rows) if torch.is_grad_enabled() and input.requires_grad else None
+    loss = _CrossEntropy.apply(rows, target.reshape(-1), weight, graph, *options, softcap, z_loss, backend)
     return loss.view(target.shape) if reduction == "none" else loss
 
 
@@ -140,29 +140,31 @@ def composite_loss(
 
 
 def divisors(target, weight, ignore_index, reduction, num_items_in_batch=None):
-    """What a reduction divides the sum of the losses and the sum of the squared logsumexps by: two fp32 scalars."""
+    """What a reduction divides the sum of the losses and the sum of the squared logsumexps by: two fp64 scalars."""
     counted = target != ignore_index
-    rows = counted.sum(dtype=torch.float32)
+    rows = counted.sum(dtype=torch.float64)
     if reduction == "sum":
         return torch.ones_like(rows), torch.ones_like(rows)
     if num_items_in_batch is not None:
-        items = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=target.device)
+        items = torch.as_tensor(num_items_in_batch, dtype=torch.float64, device=target.device)
         return items, items
     if weight is None:
         return rows, rows
-    return weight.float()[target.where(counted, 0)].where(counted, 0).sum(), rows
+    return weight.double()[target.where(counted, 0)].where(counted, 0).sum(), rows
 
 
 def per_row(loss_gradient: torch.Tensor, square_gradient: torch.Tensor, rows: int) -> torch.Tensor:
-    """(rows, 2) for a kernel: the gradient of the result with respect to each row's loss and squared logsumexp."""
-    return torch.stack((loss_gradient.expand(rows), square_gradient.expand(rows)), -1)
+    """(rows, 2) fp64 for a kernel: the gradient of the result with respect to each row's loss and squared logsumexp."""
+    return torch.stack((loss_gradient.expand(rows), square_gradient.expand(rows)), -1).double()
+
+
+def total_loss(loss, lse, z_loss, loss_divisor, row_divisor):
+    return (loss.sum() / loss_divisor + z_loss * lse.square().sum() / row_divisor).float()
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, input, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss, gradient, backend
-    ):
+    def forward(ctx, input, target, weight, graph, ignore_index, reduction, label_smoothing, softcap, z_loss, backend):
         target = target.contiguous()
         weight = None if weight is None else weight.float().contiguous()
         ctx.options, ctx.z_loss, ctx.backend = (ignore_index, label_smoothing, softcap), z_loss, backend
@@ -171,24 +173,23 @@ class _CrossEntropy(torch.autograd.Function):
         if scalar:
             loss_divisor, row_divisor = divisors(target, weight, ignore_index, reduction)
             upstream = per_row(1 / loss_divisor, z_loss / row_divisor, len(target))
-        ctx.fused = scalar and gradient and input.dtype != torch.float16
+        ctx.fused = scalar and graph is not None and input.dtype != torch.float16
         loss, lse, dinput = dispatch.kernels(backend).cross_entropy(
             input, target, weight, upstream if ctx.fused else None, *ctx.options
         )
         if ctx.fused:
-            ctx.save_for_backward(dinput)
-        elif gradient:
+            ctx.save_for_backward(dinput, graph)
+        elif graph is not None:
             ctx.save_for_backward(input, target, weight, upstream)
-        if not scalar:
-            return loss + z_loss * lse.square() if z_loss else loss
-        loss = loss.sum() / loss_divisor
-        return loss + z_loss * lse.square().sum() / row_divisor if z_loss else loss
+        if scalar:
+            return total_loss(loss, lse, z_loss, loss_divisor, row_divisor)
+        return (loss + z_loss * lse.square()).float()
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         if ctx.fused:
-            (dinput,) = ctx.saved_tensors
+            dinput, _ = ctx.saved_tensors
             if torch.compiler.is_compiling() or dy.item() != 1:
                 dinput = dinput * dy
         else:

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, reference
-from pyfast.ops.autograd import autocast, first_order
+from pyfast.ops.autograd import anchor, autocast, first_order
 from pyfast.ops.checks import check_floating, describe
-from pyfast.ops.cross_entropy import check_loss, check_vector, composite_loss, divisors, per_row
+from pyfast.ops.cross_entropy import check_loss, check_vector, composite_loss, divisors, per_row, total_loss
+
+#: of a chunk's logits, the memory that the native op needs beyond its results
+LOGITS_BYTES = 48 << 20
 
 
 def linear_cross_entropy(
@@ -34,8 +37,8 @@ def linear_cross_entropy(
     """cross_entropy of logits = (input Wᵀ + bias + scaling · (input Aᵀ) Bᵀ) · logit_scale, then softcap.
 
     input: (..., K), floating. linear_weight (V, K), linear_bias (V,), lora_A (r, K) and lora_B (V, r): floating, any
-    dtype and strides; products run in input's dtype, each gradient has its parameter's dtype, and a parameter that
-    needs none gets none. target: (...), int64: 0 <= target < V, or ignore_index; kernels never multiply ignored rows.
+    dtype and strides; logits are computed in input's dtype, each gradient has its parameter's dtype, and where none is
+    needed none is made. target: (...), int64: 0 <= target < V, or ignore_index; kernels never multiply ignored rows.
     weight, label_smoothing, softcap, z_loss, reduction: as in pyfast.ops.cross_entropy; reduction "none" gives (...).
     num_items_in_batch: with reduction "mean", what loss and z-loss are divided by instead of the batch's own count
     (gradient accumulation over several batches); a number or a 0-dim tensor.
@@ -100,6 +103,7 @@ def linear_cross_entropy(
         z_loss,
         (scaling, ignore_index, label_smoothing, softcap, logit_scale),
         needs,
+        anchor(input, *parameters) if any(needs) else None,
         backend,
     )
     return loss.view(target.shape) if reduction == "none" else loss
@@ -156,6 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss,
         options,
         needs,
+        graph,
         backend,
     ):
         ctx.options, ctx.z_loss, ctx.needs, ctx.backend = options, z_loss, needs, backend
@@ -166,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if any(needs):
                 ctx.save_for_backward(*inputs)
             loss, lse, *_ = _run(ctx, *inputs, upstream=None)
-            return loss + z_loss * lse.square() if z_loss else loss
+            return (loss + z_loss * lse.square()).float()
         loss_divisor, row_divisor = divisors(target, weight, options[1], reduction, num_items_in_batch)
         upstream = None
         if any(needs):
@@ -175,42 +180,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss, lse, *gradients = _run(ctx, *inputs, upstream=upstream)
         if any(needs):
             factor = (1 / loss_divisor).where((target != options[1]).any(), 0)  # no row counts: zeros, as in torch
-            ctx.save_for_backward(factor, *gradients)
-        loss = loss.sum() / loss_divisor
-        return loss + z_loss * lse.square().sum() / row_divisor if z_loss else loss
+            ctx.save_for_backward(factor, graph, *gradients)
+        return total_loss(loss, lse, z_loss, loss_divisor, row_divisor)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         if ctx.scalar:
-            factor, *gradients = ctx.saved_tensors
+            factor, _, *gradients = ctx.saved_tensors
             factor = factor * dy
             gradients = [g * factor for g in gradients]
         else:
             upstream = per_row(dy, ctx.z_loss * dy, len(dy))
             _, _, *gradients = _run(ctx, *ctx.saved_tensors, upstream=upstream)
         gradients = zip(gradients, ctx.dtypes, ctx.needs, strict=True)
-        return *(g.to(dtype) if needed else None for g, dtype, needed in gradients), *[None] * 8
+        return *(g.to(dtype) if needed else None for g, dtype, needed in gradients), *[None] * 9
+
+
+def _logits_bytes(linear_weight, needs) -> int:
+    """A trained head's gradient is as large as the head, and each chunk goes over it once: longer chunks, then."""
+    return max(LOGITS_BYTES, linear_weight.numel()) if needs[1] else LOGITS_BYTES
 
 
 def _run(ctx, input, linear_weight, linear_bias, lora_A, lora_B, target, weight, upstream):
     """Per row the loss and logsumexp, and the gradients for upstream (empty where not needed, or without upstream)."""
 
-    def like_input(tensor):
-        return None if tensor is None else tensor.to(input.dtype)
-
-    def fp32(tensor):
-        return None if tensor is None else tensor.float().contiguous()
-
+    parameters = (None if p is None else p.to(input.dtype) for p in (linear_weight, linear_bias, lora_A, lora_B))
     return dispatch.kernels(ctx.backend).linear_cross_entropy(
         input.contiguous(),
-        like_input(linear_weight),
-        fp32(linear_bias),
-        like_input(lora_A),
-        like_input(lora_B),
+        *parameters,
         target.contiguous(),
-        fp32(weight),
+        None if weight is None else weight.float().contiguous(),
         upstream,
         *ctx.options,
+        _logits_bytes(linear_weight, ctx.needs),
         ctx.needs,
     )

@@ -120,25 +120,27 @@ def _(seed, begin, count, p):
 
 # ---- losses: per row the loss and the logsumexp of the logits (0 where target is ignore_index), then the gradients for
 # upstream (rows, 2): the result's gradient with respect to each row's loss and squared logsumexp. A gradient is empty
-# without upstream, or where not needed. weight, linear_bias and upstream are fp32.
+# without upstream, or where not needed. loss, lse and upstream are fp64, weight is fp32.
 @kernel(
     "cross_entropy(Tensor input, Tensor target, Tensor? weight, Tensor? upstream, int ignore_index,"
     " float label_smoothing, float? softcap) -> (Tensor, Tensor, Tensor)"
 )
 def _(input, target, weight, upstream, ignore_index, label_smoothing, softcap):
     """input (rows, V) may have any row stride."""
-    loss = input.new_empty(len(target), dtype=torch.float32)
+    loss = input.new_empty(len(target), dtype=torch.float64)
     return loss, torch.empty_like(loss), input.new_empty(input.shape if upstream is not None else 0)
 
 
 @kernel(
     "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? lora_A, Tensor? lora_B,"
     " Tensor target, Tensor? weight, Tensor? upstream, float scaling, int ignore_index, float label_smoothing,"
-    " float? softcap, float logit_scale, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " float? softcap, float logit_scale, int logits_bytes, bool[5] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _(input, linear_weight, linear_bias, lora_A, lora_B, target, weight, upstream, *options):
-    """linear_weight, lora_A and lora_B may have any strides; the gradients of the parameters are fp32."""
-    loss = input.new_empty(len(target), dtype=torch.float32)
+    """The parameters have input's dtype and any strides; their gradients are fp32. The logits of at
+    most logits_bytes (or of 16 rows) exist at a time."""
+    loss = input.new_empty(len(target), dtype=torch.float64)
     needs = options[-1] if upstream is not None else [False] * 5
     gradients = [
         input.new_empty(p.shape if p is not None and needed else 0, dtype=torch.float32 if i else input.dtype)

@@ -1,0 +1,196 @@
+// Softmax cross-entropy of rows of logits: one online-softmax pass over a row, then, while it is in cache, one that
+// turns logits into their gradient. Rows are spread over threads.
+//
+// With m the row's largest logit, s = sum exp(z - m), lse = m + log s, target y, class weights w, smoothing e:
+//   loss = (1 - e) w_y (lse - z_y) + e / V sum_c w_c (lse - z_c)
+// and, for upstream gradients a of the loss and b of lse²:
+//   dz_c = (a ((1 - e) w_y + e / V sum w) + 2 b lse) p_c - a e / V w_c - a (1 - e) w_y [c = y]
+// A row's own few scalars are doubles.
+// lse - z is taken as log s - (z - m): logits with a large common offset lose nothing.
+#include "cpu/cross_entropy.h"
+
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+
+namespace pyfast::PYFAST_ISA {
+namespace {
+
+constexpr int64_t kTile = 1024;    // logits per step of the online softmax: a few KB, in L1 from its maximum to its sum
+constexpr int64_t kGrain = 16384;  // elements per task
+
+struct Plain {
+  PF_INLINE fvec logit(fvec x) const { return x; }
+  PF_INLINE fvec slope(fvec) const { return splat(1.f); }
+};
+
+struct Scaled {
+  float scale, softcap;
+  PF_INLINE fvec logit(fvec x) const {
+    x *= scale;
+    return softcap > 0.f ? softcap * tanh(x / softcap) : x;
+  }
+  PF_INLINE fvec slope(fvec z) const {
+    fvec t = z / softcap;
+    return softcap > 0.f ? scale * (1.f - t) * (1.f + t) : splat(scale);
+  }
+};
+
+// v with `fill` in its lanes from n on
+PF_INLINE fvec first(fvec v, int n, float fill) {
+  if (n == VL) return v;
+  float lanes[VL];
+  store(lanes, v);
+  return load_n(lanes, n, fill);
+}
+
+// A sum that carries its rounding errors along (Dekker's Fast2Sum): rows of nearly equal terms round all the same way.
+struct Sum {
+  fvec sum = {}, error = {};
+  PF_INLINE void add(fvec x) {
+    fvec next = sum + x;
+    error += x - (next - sum);
+    sum = next;
+  }
+  double total() const {
+    double t = 0.0;
+    for (int i = 0; i < VL; ++i) t += double(sum[i]) + double(error[i]);
+    return t;
+  }
+};
+
+template <class T, class Transform>
+struct Row {
+  const T* x;
+  int64_t classes;
+  Transform transform;
+  float max = -INFINITY;
+  double sum = 0.0;  // of exp(z - max)
+
+  PF_INLINE fvec logit(int64_t c, int lanes) const { return transform.logit(load_any(x + c, lanes)); }
+
+  void softmax() {
+    for (int64_t begin = 0; begin < classes; begin += kTile) {
+      int64_t n = classes - begin < kTile ? classes - begin : kTile;
+      fvec top = splat(-INFINITY);
+      for_lanes(n, [&](int64_t i, int lanes) {
+        top = PYFAST_ISA::max(first(logit(begin + i, lanes), lanes, -INFINITY), top);
+      });
+      float tile_max = hmax(top);
+      if (tile_max > max) {
+        sum *= std::exp(double(max) - tile_max);
+        max = tile_max;
+      }
+      float shift = max == -INFINITY ? 0.f : max;  // every logit so far is -inf, or a NaN, which must stay one
+      Sum tile;
+      for_lanes(n, [&](int64_t i, int lanes) {
+        tile.add(PYFAST_ISA::exp(first(logit(begin + i, lanes), lanes, -INFINITY) - shift));
+      });
+      sum += tile.total();
+    }
+  }
+
+  // sum over c of w_c (max - z_c)
+  double weighted_distance(const float* weight) const {
+    Sum sums;
+    for_lanes(classes, [&](int64_t c, int lanes) {
+      fvec distance = max - logit(c, lanes);
+      sums.add(first(weight ? distance * load_any(weight + c, lanes) : distance, lanes, 0.f));
+    });
+    return sums.total();
+  }
+
+  // dx = (p · softmax_gradient - w · smoothing_gradient) · slope; x may be dx
+  void gradient(T* dx, double softmax_gradient, const float* weight, float smoothing_gradient) const {
+    fvec factor = splat(float(softmax_gradient / sum));
+    for_lanes(classes, [&](int64_t c, int lanes) {
+      fvec z = logit(c, lanes);
+      fvec d = PYFAST_ISA::exp(z - max) * factor;
+      if (smoothing_gradient != 0.f)
+        d -= weight ? smoothing_gradient * load_any(weight + c, lanes) : splat(smoothing_gradient);
+      store_any(dx + c, d * transform.slope(z), lanes);
+    });
+  }
+};
+
+template <class T, class Transform>
+void run(const LossRows& r, Transform transform, const T* input, int64_t stride, T* dinput, int64_t dstride) {
+  double weight_sum = r.classes;
+  if (r.weight) {
+    weight_sum = 0.0;
+    for (int64_t c = 0; c < r.classes; ++c) weight_sum += r.weight[c];
+  }
+  double smooth = r.label_smoothing / double(r.classes);
+  parallel_for(r.rows, kGrain / r.classes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t at = r.index[i], place = r.gathered ? i : at, y = r.target[at];
+      Row<T, Transform> row{input + place * stride, r.classes, transform};
+      row.softmax();
+      fvec target_logit = row.logit(y, 1);
+      double log_sum = std::log(row.sum), lse = row.max + log_sum, target_shifted = double(target_logit[0]) - row.max;
+      double target_weight = r.weight ? r.weight[y] : 1.0, hard = (1.0 - r.label_smoothing) * target_weight;
+      double loss = hard * (log_sum - target_shifted);
+      if (smooth > 0.0) loss += smooth * (weight_sum * log_sum + row.weighted_distance(r.weight));
+      r.loss[at] = loss;
+      r.lse[at] = lse;
+      if (!r.upstream) continue;
+      double a = r.upstream[2 * at], b = r.upstream[2 * at + 1], p = std::exp(target_shifted) / row.sum;
+      double target_gradient = a * (hard * (p - 1.0) + smooth * (weight_sum * p - target_weight)) + 2.0 * b * lse * p;
+      T* dx = dinput + place * dstride;
+      row.gradient(dx, a * (hard + smooth * weight_sum) + 2.0 * b * lse, r.weight, float(a * smooth));
+      dx[y] = from_float<T>(float(target_gradient * transform.slope(target_logit)[0]));
+    }
+  });
+}
+
+template <class T>
+void column_sums(const T* x, int64_t rows, int64_t cols, float* sums) {
+  parallel_for(cols, kGrain / (rows + 1) / VL * VL + VL, [=](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < rows; ++i)
+      for_lanes(end - begin, [=](int64_t c, int lanes) {
+        float* s = sums + begin + c;
+        store_any(s, load_any(s, lanes) + load_any(x + i * cols + begin + c, lanes), lanes);
+      });
+  });
+}
+
+template <class T>
+void scaled(const T* x, float scale, float* sums, int64_t n) {
+  parallel_for(n, kGrain, [=](int64_t begin, int64_t end) {
+    for_lanes(end - begin, [=](int64_t i, int lanes) {
+      float* s = sums + begin + i;
+      store_any(s, load_any(s, lanes) + scale * load_any(x + begin + i, lanes), lanes);
+    });
+  });
+}
+
+}  // namespace
+
+void cross_entropy(DType t, const LossRows& r, const void* input, int64_t stride, void* dinput, int64_t dstride) {
+  bool plain = r.scale == 1.f && r.softcap == 0.f;
+  PYFAST_DISPATCH(t, T, {
+    if (plain)
+      run(r, Plain{}, (const T*)input, stride, (T*)dinput, dstride);
+    else
+      run(r, Scaled{r.scale, r.softcap}, (const T*)input, stride, (T*)dinput, dstride);
+  })
+}
+void gather_rows(const void* from, const int64_t* index, int64_t rows, int64_t bytes, void* to) {
+  parallel_for(rows, 16, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy((char*)to + i * bytes, (const char*)from + index[i] * bytes, bytes);
+  });
+}
+void scatter_rows(const void* from, const int64_t* index, int64_t rows, int64_t bytes, void* to) {
+  parallel_for(rows, 16, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy((char*)to + index[i] * bytes, (const char*)from + i * bytes, bytes);
+  });
+}
+void add_column_sums(DType t, const void* x, int64_t rows, int64_t cols, float* sums) {
+  PYFAST_DISPATCH(t, T, column_sums((const T*)x, rows, cols, sums))
+}
+void add_scaled(DType t, const void* x, float scale, float* sums, int64_t n) {
+  PYFAST_DISPATCH(t, T, scaled((const T*)x, scale, sums, n))
+}
+
+}  // namespace pyfast::PYFAST_ISA
