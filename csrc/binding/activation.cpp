@@ -1,17 +1,10 @@
 #include "cpu/activation.h"
 
+#include "binding/activation.h"
 #include "binding/binding.h"
 
 namespace pyfast {
 namespace {
-
-Activation activation_of(const std::string& name) {
-  constexpr const char* kNames[] = {"silu", "gelu", "gelu_tanh", "relu"};
-  for (int i = 0; i < 4; ++i)
-    if (name == kNames[i]) return Activation(i);
-  STD_TORCH_CHECK(false, "there is no activation ", name);
-  return Activation::silu;
-}
 
 Tensor gated_cpu(const Tensor& gate, const Tensor& up, std::string activation) {
   check_like(gate, up, "up");

@@ -1,10 +1,13 @@
 // lora_linears: the frozen products by torch's GEMM, everything of low rank by csrc/cpu/lora.cpp.
 //   forward    H = dropout(x) A^T for all projections side by side, y = x W^T, then y += s H B^T + bias in one pass
 //   backward   dH = dy (s B), dx = sum dy W + dropout'(dH A), dA = dH^T dropout(x), dB = s dy^T H
+// lora_mlp: the same twice, with an activation between, whose result is computed again in the backward.
 #include "cpu/lora.h"
 
+#include "binding/activation.h"
 #include "binding/binding.h"
 #include "binding/gemm.h"
+#include "cpu/activation.h"
 
 namespace pyfast {
 namespace {
@@ -253,11 +256,98 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
   return results;
 }
 
+// ---- mlp: the last projection is down, the ones before it are gate and up, or up alone
+
+template <class T>
+std::vector<T> first(const std::vector<T>& all) {
+  STD_TORCH_CHECK(all.size() == 2 || all.size() == 3, "expected gate, up and down, or up and down");
+  return {all.begin(), all.end() - 1};
+}
+template <class T>
+std::vector<T> last(const std::vector<T>& all) {
+  return {all.back()};
+}
+
+Tensor activate_hidden(const Tensors& hidden, Activation activation) {
+  const Tensor& up = hidden.back();
+  const int64_t rows = up.size(0), columns = up.size(1);
+  Tensor a = torch::stable::empty_like(up);
+  const MutableRows result{a.mutable_data_ptr(), columns};
+  const Rows in{up.const_data_ptr(), columns};
+  if (hidden.size() == 2) {
+    CHECK_SHAPE(hidden[0], rows, columns);
+    gated(dtype_of(up), activation, {hidden[0].const_data_ptr(), columns}, in, result, rows, columns);
+  } else {
+    activate(dtype_of(up), activation, in, nullptr, result, rows, columns);
+  }
+  return a;
+}
+
+std::tuple<Tensor, Tensors, Tensor, Tensor> lora_mlp_cpu(const Tensor& x, Tensors weight, Optionals lora_A,
+                                                         Optionals lora_B, std::vector<double> scaling, Optionals bias,
+                                                         double dropout_p, Optionals seed, std::string activation) {
+  auto [hidden, h] = lora_linears_cpu(x, first(weight), first(lora_A), first(lora_B), first(scaling), first(bias),
+                                      dropout_p, first(seed));
+  const Tensor a = activate_hidden(hidden, activation_of(activation));
+  auto [y, h_down] =
+      lora_linears_cpu(a, last(weight), last(lora_A), last(lora_B), last(scaling), last(bias), dropout_p, last(seed));
+  return {y[0], hidden, h, h_down};
+}
+
+// wanted: as in lora_linears_backward, over all projections
+Tensors lora_mlp_backward_cpu(const Tensor& dy, std::optional<Tensor> x, Tensors hidden, std::optional<Tensor> h,
+                              std::optional<Tensor> h_down, Tensors weight, Optionals lora_A, Optionals lora_B,
+                              std::vector<double> scaling, Optionals bias, double dropout_p, Optionals seed,
+                              std::string activation_name, std::vector<bool> wanted) {
+  STD_TORCH_CHECK(wanted.size() == 1 + 4 * weight.size() && hidden.size() + 1 == weight.size(),
+                  "hidden and wanted do not fit the number of weights");
+  const Activation activation = activation_of(activation_name);
+  const Tensor& up = hidden.back();
+  CHECK_SHAPE(up, dy.size(0), weight.back().size(1));
+  for (const Tensor& t : hidden) {
+    CHECK_CONTIGUOUS(t);
+    CHECK_SAME_DTYPE(t, dy);
+  }
+  const std::vector<bool> wanted_first(wanted.begin(), wanted.end() - 4);
+  std::vector<bool> wanted_down(wanted.end() - 4, wanted.end());
+  bool below = false;
+  for (bool w : wanted_first) below = below || w;
+  wanted_down.insert(wanted_down.begin(), below);
+
+  std::optional<Tensor> a;
+  if (wanted_down[1] || wanted_down[2]) a = activate_hidden(hidden, activation);
+  Tensors down = lora_linears_backward_cpu({dy}, a, h_down, last(weight), last(lora_A), last(lora_B), last(scaling),
+                                           last(bias), dropout_p, last(seed), wanted_down);
+  if (!below) return down;
+
+  // the gradient of the activation's result becomes that of its input in place; a's memory takes the second one
+  Tensor d = down[0];
+  const int64_t rows = up.size(0), columns = up.size(1);
+  const Rows given{d.const_data_ptr(), columns}, in{up.const_data_ptr(), columns};
+  const MutableRows result{d.mutable_data_ptr(), columns};
+  Tensors dhidden = {d};
+  if (hidden.size() == 2) {
+    CHECK_SHAPE(hidden[0], rows, columns);
+    dhidden.push_back(a ? *a : torch::stable::empty_like(up));
+    gated_backward(dtype_of(up), activation, given, {hidden[0].const_data_ptr(), columns}, in, result,
+                   {dhidden[1].mutable_data_ptr(), columns}, rows, columns);
+  } else {
+    activate_backward(dtype_of(up), activation, given, in, nullptr, result, nullptr, DType::fp32, nullptr, rows,
+                      columns);
+  }
+  Tensors results = lora_linears_backward_cpu(dhidden, x, h, first(weight), first(lora_A), first(lora_B),
+                                              first(scaling), first(bias), dropout_p, first(seed), wanted_first);
+  results.insert(results.end(), down.begin() + 1, down.end());
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfast_cpu, CPU, m) {
   m.impl("lora_linears", TORCH_BOX(&lora_linears_cpu));
   m.impl("lora_linears_backward", TORCH_BOX(&lora_linears_backward_cpu));
+  m.impl("lora_mlp", TORCH_BOX(&lora_mlp_cpu));
+  m.impl("lora_mlp_backward", TORCH_BOX(&lora_mlp_backward_cpu));
 }
 
 }  // namespace pyfast

@@ -1,7 +1,6 @@
 """lora_linear, lora_linears, lora_mlp: frozen linear layers with low-rank adapters (Hu et al. 2021, "LoRA"; the layer
 is PEFT's)."""
 
-import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -113,14 +112,10 @@ def lora_mlp(
         gate = first[0] if gate is not None else None
         return reference.lora_mlp(x, gate, first[-1], down, activation=activation, dropout_p=dropout_p, seeds=seeds)
     if backend == "torch":
-        linears = _torch_linears
-    else:
-        linears = functools.partial(_kernel_linears, backend)
-    hidden = linears(x, first, dropout_p, seeds[:-1])
-    a = _TORCH_ACTIVATIONS[activation](hidden[0])
-    if gate is not None:
-        a = a * hidden[1]
-    return linears(a, [down], dropout_p, seeds[-1:])[0]
+        hidden = _torch_linears(x, first, dropout_p, seeds[:-1])
+        a = _TORCH_ACTIVATIONS[activation](hidden[0])
+        return _torch_linears(a if gate is None else a * hidden[1], [down], dropout_p, seeds[-1:])[0]
+    return _Mlp.apply(*_flat(backend, x, [*first, down], dropout_p, seeds, activation))
 
 
 def _linears(op, x, named, dropout_p, seeds):
@@ -133,7 +128,7 @@ def _linears(op, x, named, dropout_p, seeds):
         return reference.lora_linears(x, projections, dropout_p=dropout_p, seeds=seeds)
     if backend == "torch":
         return _torch_linears(x, projections, dropout_p, seeds)
-    return _kernel_linears(backend, x, projections, dropout_p, seeds)
+    return _Linears.apply(*_flat(backend, x, projections, dropout_p, seeds))
 
 
 def _autocast_input(op, x):
@@ -224,16 +219,18 @@ class _Spec(NamedTuple):
     dropout_p: float
     scaling: tuple[float, ...]
     quantized: tuple[tuple | None, ...]  # format, shape and blocksize of each QuantizedWeight
+    activation: str | None
 
 
-def _kernel_linears(backend, x, projections, dropout_p, seeds):
-    # tensors by kind: all weights, their scales, lora_A, lora_B, biases, seeds
+def _flat(backend, x, projections, dropout_p, seeds, activation=None):
+    """A spec, x and the projections' tensors by kind: all weights, their scales, lora_A, lora_B, biases, seeds."""
     quantized = [p.weight if isinstance(p.weight, QuantizedWeight) else None for p in projections]
     spec = _Spec(
         backend,
         float(dropout_p),
         tuple(p.scaling for p in projections),
         tuple(q and (q.format, q.shape, q.blocksize) for q in quantized),
+        activation,
     )
     weights = [p.weight if q is None else q.data for p, q in zip(projections, quantized, strict=True)]
     scales = [q and q.scale for q in quantized]
@@ -242,7 +239,7 @@ def _kernel_linears(backend, x, projections, dropout_p, seeds):
     for i, tensor in enumerate(tensors):  # torch.compile wants each argument of a node to be another tensor
         if tensor is not None and any(tensor is other for other in tensors[:i]):
             tensors[i] = tensor.view_as(tensor)
-    return _Linears.apply(spec, x, *tensors)
+    return spec, x, *tensors
 
 
 def _kernel_arguments(spec, dtype, tensors):
@@ -264,26 +261,72 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, x, *tensors):
         rows = _rows(x)
-        arguments = _kernel_arguments(spec, x.dtype, tensors)
-        results, h = dispatch.kernels(spec.backend).lora_linears(rows, *arguments)
-        count, needs = len(spec.scaling), ctx.needs_input_grad[2:]
+        results, h = dispatch.kernels(spec.backend).lora_linears(rows, *_kernel_arguments(spec, x.dtype, tensors))
         ctx.spec, ctx.leading = spec, x.shape[:-1]
-        # x is needed for the gradients of weight and lora_A, h for those of lora_B
-        x_needed, h_needed = any(needs[:count] + needs[2 * count : 3 * count]), any(needs[3 * count : 4 * count])
+        projections = range(len(spec.scaling))
+        x_needed, h_needed = _needed(ctx, projections)
         ctx.save_for_backward(rows if x_needed else None, h if h_needed else None, *tensors)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)
+        return tuple(y.view(*ctx.leading, y.shape[-1]) for y in results)
 
     @staticmethod
     @first_order
     def backward(ctx, *dy):
         x, h, *tensors = ctx.saved_tensors
-        dy = [_rows(d) for d in dy]
-        count, needs = len(ctx.spec.scaling), ctx.needs_input_grad
-        kinds = [needs[2 + kind * count : 2 + (kind + 1) * count] for kind in (0, 2, 3, 4)]
-        wanted = [needs[1], *(w for projection in zip(*kinds, strict=True) for w in projection)]
+        dy, wanted = [_rows(d) for d in dy], _wanted(ctx)
         arguments = _kernel_arguments(ctx.spec, dy[0].dtype, tensors)
-        found = iter(dispatch.kernels(ctx.spec.backend).lora_linears_backward(dy, x, h, *arguments, wanted))
-        gradients = [next(found) if w else None for w in wanted]
-        dx = None if gradients[0] is None else gradients[0].view(*ctx.leading, gradients[0].shape[-1])
-        weights, lora_A, lora_B, bias = (gradients[1 + kind :: 4] for kind in range(4))
-        return None, dx, *weights, *[None] * count, *lora_A, *lora_B, *bias, *[None] * count
+        found = dispatch.kernels(ctx.spec.backend).lora_linears_backward(dy, x, h, *arguments, wanted)
+        return _gradients(ctx, wanted, found)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, x, *tensors):
+        rows, arguments = _rows(x), _kernel_arguments(spec, x.dtype, tensors)
+        y, hidden, h, h_down = dispatch.kernels(spec.backend).lora_mlp(rows, *arguments, spec.activation)
+        ctx.spec, ctx.leading, ctx.hidden = spec, x.shape[:-1], len(hidden)
+        x_needed, h_needed = _needed(ctx, range(len(hidden)))
+        _, h_down_needed = _needed(ctx, [len(hidden)])
+        saved = (rows if x_needed else None, h if h_needed else None, h_down if h_down_needed else None)
+        ctx.save_for_backward(*saved, *hidden, *tensors)
+        return y.view(*ctx.leading, y.shape[-1])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy):
+        x, h, h_down, *tensors = ctx.saved_tensors
+        hidden, tensors = tensors[: ctx.hidden], tensors[ctx.hidden :]
+        wanted = _wanted(ctx)
+        arguments = _kernel_arguments(ctx.spec, dy.dtype, tensors)
+        found = dispatch.kernels(ctx.spec.backend).lora_mlp_backward(
+            _rows(dy), x, hidden, h, h_down, *arguments, ctx.spec.activation, wanted
+        )
+        return _gradients(ctx, wanted, found)
+
+
+_WEIGHT, _SCALE, _LORA_A, _LORA_B, _BIAS, _SEED = range(6)  # the kinds of a projection's tensors, in _flat's order
+
+
+def _needs(ctx, projection, kind):
+    return ctx.needs_input_grad[2 + kind * len(ctx.spec.scaling) + projection]
+
+
+def _needed(ctx, projections):
+    """Whether the backward of these projections needs their input (for weight and lora_A) and h (for lora_B)."""
+    x = any(_needs(ctx, i, kind) for i in projections for kind in (_WEIGHT, _LORA_A))
+    return x, any(_needs(ctx, i, _LORA_B) for i in projections)
+
+
+def _wanted(ctx):
+    """Which gradients the backward kernels shall compute, in their order."""
+    kinds = (_WEIGHT, _LORA_A, _LORA_B, _BIAS)
+    return [ctx.needs_input_grad[1], *(_needs(ctx, i, kind) for i in range(len(ctx.spec.scaling)) for kind in kinds)]
+
+
+def _gradients(ctx, wanted, found):
+    """The kernels' gradients in the order of the node's inputs, None for those that were not wanted."""
+    found = iter(found)
+    dx, *rest = (next(found) if w else None for w in wanted)
+    weight, lora_A, lora_B, bias = (rest[i::4] for i in range(4))
+    nothing = [None] * len(weight)
+    dx = None if dx is None else dx.view(*ctx.leading, dx.shape[-1])
+    return None, dx, *weight, *nothing, *lora_A, *lora_B, *bias, *nothing

@@ -107,9 +107,29 @@ def _(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
 
 @kernel(f"lora_linears_backward(Tensor[] dy, Tensor? x, Tensor? h, {_PROJECTIONS}, bool[] wanted) -> Tensor[]")
 def _(dy, x, h, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, wanted):
+    return _wanted_gradients(dy[0], weight, lora_A, lora_B, bias, wanted)
+
+
+def _wanted_gradients(dy, weight, lora_A, lora_B, bias, wanted):
     parameters = [p for projection in zip(weight, lora_A, lora_B, bias, strict=True) for p in projection]
-    results = [dy[0].new_empty((dy[0].shape[0], weight[0].shape[1]))] if wanted[0] else []
+    results = [dy.new_empty((dy.shape[0], weight[0].shape[1]))] if wanted[0] else []
     return results + [p.new_empty(p.shape) for p, w in zip(parameters, wanted[1:], strict=True) if w]
+
+
+# gate, up and down, or up and down: hidden is the result of all but the last, h and h_down belong to them
+@kernel(f"lora_mlp(Tensor x, {_PROJECTIONS}, str activation) -> (Tensor, Tensor[] hidden, Tensor h, Tensor h_down)")
+def _(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, activation):
+    ranks = [0 if a is None else a.shape[0] for a in lora_A]
+    y, *hidden = (x.new_empty((x.shape[0], w.shape[0])) for w in (weight[-1], *weight[:-1]))
+    return y, hidden, *(x.new_empty((x.shape[0], r), dtype=torch.float32) for r in (sum(ranks[:-1]), ranks[-1]))
+
+
+@kernel(
+    "lora_mlp_backward(Tensor dy, Tensor? x, Tensor[] hidden, Tensor? h, Tensor? h_down, "
+    f"{_PROJECTIONS}, str activation, bool[] wanted) -> Tensor[]"
+)
+def _(dy, x, hidden, h, h_down, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, activation, wanted):
+    return _wanted_gradients(dy, weight, lora_A, lora_B, bias, wanted)
 
 
 # ---- dropout: the factor, 0 or 1 / (1 - p), of each logical element index from begin on
