@@ -101,6 +101,10 @@ class SaveOnInterrupt(TrainerCallback):
             control.should_evaluate = False
             control.should_training_stop = True
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.interrupted:  # the step has saved already
+            control.should_save = control.should_evaluate = False
+
     def restore(self) -> None:
         if getattr(self, "previous", None) is not None:
             signal.signal(signal.SIGINT, self.previous)

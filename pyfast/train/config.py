@@ -185,7 +185,7 @@ def parse_arguments(arguments_class: type, argv: list[str]) -> Any:
             argv = to_argv(read_config(path)) + argv[:i] + argv[i + used :]
             break
     parser = Parser(arguments_class, allow_abbrev=False, prog="pyfast")
-    names = {f.name for f in dataclasses.fields(arguments_class)} | {"config"}
+    names = {f.name for f in dataclasses.fields(arguments_class)} | {"config", "help"}
     for word in argv:
         name = word[2:].split("=")[0].replace("-", "_")
         if word.startswith("--") and name not in names and name.removeprefix("no_") not in names:

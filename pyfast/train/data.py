@@ -62,6 +62,8 @@ def read_file(path: str) -> Dataset:
     try:
         rows = datasets.load_dataset(builder, data_files=str(file), split="train", **options)
     except Exception as error:  # each builder raises its own
+        if "corresponds to no data" in str(error):
+            raise InputError(f"{path} has no rows") from None
         raise InputError(f"{path} could not be read as {file.suffix[1:].upper()}: {cause(error)}") from None
     if not len(rows):
         raise InputError(f"{path} has no rows")

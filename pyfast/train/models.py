@@ -78,6 +78,8 @@ def load_model(args: FinetuneArguments, task: Task, config) -> PreTrainedModel:
     """The model with its head, on the CPU. Frozen weights in args.dtype; whatever is trained is fp32."""
     dtype = args.torch_dtype if args.use_peft else torch.float32
     options = {"dtype": dtype, "config": config, "use_safetensors": True, **hub_options(args)}
+    if hasattr(task, "labels"):
+        options["ignore_mismatched_sizes"] = True  # a head for other labels gives way to a new one
     model = load(task.auto_model, args.model_name_or_path, **options)
     rows = model.get_input_embeddings().num_embeddings
     largest = max(task.tokenizer.get_vocab().values()) + 1
@@ -104,7 +106,7 @@ def add_adapters(model: PreTrainedModel, args: FinetuneArguments, task: Task):
     try:
         model = get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"--lora_target_modules: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--lora_target_modules {' '.join(targets)}: {str(error).split('. ')[0]}") from None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

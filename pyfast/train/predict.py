@@ -105,6 +105,12 @@ class Result:
     config: Any
     tokenizer: Any
 
+    @property
+    def task(self) -> str | None:
+        """The task it was trained for, by its run.json or by the model's class."""
+        heads = str(self.config.architectures)
+        return self.record.get("task") or next((name for name, task in TASKS.items() if task.head in heads), None)
+
 
 def open_result(args: ResultArguments) -> Result:
     name = args.model_name_or_path
@@ -170,11 +176,7 @@ def predict(args: PredictArguments) -> list[dict]:
     """
     result = open_result(args)
     trained_on = result.record.get("columns", {})
-    name = (
-        args.task
-        or result.record.get("task")
-        or next((n for n, t in TASKS.items() if any(t.head in a for a in result.config.architectures or [])), None)
-    )
+    name = args.task or result.task
     if name is None or name == TextGeneration.name:
         raise InputError(f"{args.model_name_or_path} does not label texts: use pyfast generate, or give --task")
     task_class = TASKS[name]
@@ -231,6 +233,8 @@ def predict(args: PredictArguments) -> list[dict]:
 def generate(args: GenerateArguments) -> list[dict]:
     """Continue the prompts of --test_file or --prompt; the rows with `completion` are written and returned."""
     result = open_result(args)
+    if result.task not in (None, TextGeneration.name):
+        raise InputError(f"{args.model_name_or_path} does not generate text: use pyfast predict")
     trained_on = result.record.get("columns", {})
     if args.prompt:
         column, rows = "prompt", Dataset.from_list([{"prompt": prompt} for prompt in args.prompt])

@@ -68,6 +68,10 @@ def label_names(rows: Dataset, column: str, many: bool = False) -> list[str]:
     values = (value for cell in rows[column] for value in split_words(cell)) if many else rows[column]
     names = {label_name(value) for value in values if value is not None} - {""}
     numbers = all(name.lstrip("-").isdigit() for name in names)
+    if len(names) < 2:
+        raise InputError(
+            f"the column {column!r} has only the label {', '.join(names)!r}: there is nothing to tell apart"
+        )
     return sorted(names, key=int) if numbers else sorted(names)
 
 

@@ -68,14 +68,14 @@ def checkpoint_to_resume(args: FinetuneArguments) -> str | None:
     return asked
 
 
-def swap(model: torch.nn.Module, args: FinetuneArguments):
+def swap(model: torch.nn.Module, args, keep_logits: bool = False):
     """PyFast's kernels into the model, and the report; None for a stock run."""
     if args.stock:
         return None
     import pyfast
 
     try:
-        report = pyfast.patch(model, strict=args.strict)
+        report = pyfast.patch(model, strict=args.strict, keep_logits=keep_logits)
     except (ValueError, RuntimeError) as error:
         if not args.strict:
             raise
@@ -127,6 +127,10 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
         args.eval_strategy = transformers.IntervalStrategy.NO
         args.load_best_model_at_end = False
     if hasattr(task, "labels"):
+        if task.head in str(config.architectures) and config.num_labels != len(task.labels):
+            splits.notes.append(
+                f"the model's head for {config.num_labels} labels is replaced: {len(task.labels)} labels"
+            )
         config.num_labels = len(task.labels)
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: i for i, name in enumerate(task.labels)}
@@ -135,7 +139,7 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
         model = models.add_adapters(model, args, task)
     if args.freeze:
         models.freeze(model, args.freeze)
-    report = swap(model, args)
+    report = swap(model, args, args.keep_logits)
     if args.packing:
         args.include_num_input_tokens_seen = "all"  # a packed batch has no padding
         data.check_packing(model, task.collator())
@@ -148,7 +152,7 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
     for note in splits.notes:
         console.print(note)
     if report is not None:
-        console.print(report.summary() if hasattr(report, "summary") else str(report), markup=False)
+        console.print(str(report), markup=False, highlight=False)
 
     # Train
     clock, interrupt, metrics = Clock(), SaveOnInterrupt(), task.metrics()
@@ -220,6 +224,7 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
         "versions": versions(),
         "arguments": args.to_dict(),
         "loss": [[entry["step"], entry["loss"]] for entry in log_history if "loss" in entry],
+        "evaluations": [entry for entry in log_history if "eval_loss" in entry],
     }
     if main:
         save_figure(loss_figure(log_history), output_dir / "loss.png")
@@ -290,8 +295,8 @@ def quiet_libraries() -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", module="(transformers|peft)")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("huggingface_hub", "datasets", "httpx", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
