@@ -27,6 +27,7 @@ LLAMA_90M = {
     "vocab_size": 32000,
     "tie_word_embeddings": False,
 }
+LLAMA_TINY = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1000}
 QWEN2_05B = {
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -43,6 +44,7 @@ CONFIGS = {
     "llama-90m": ("LlamaConfig", LLAMA_90M, LLAMA_TARGETS),
     "qwen2-0.5b": ("Qwen2Config", QWEN2_05B, LLAMA_TARGETS),
     "gpt2-small": ("GPT2Config", {}, ["c_attn", "c_proj", "c_fc"]),
+    "llama-tiny": ("LlamaConfig", LLAMA_90M | LLAMA_TINY, LLAMA_TARGETS),  # to try the benchmark itself
 }
 #: how far two variants' losses may differ, relative: rounding in the model's dtype, never a wrong kernel
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
@@ -177,7 +179,7 @@ def measure(options: argparse.Namespace) -> dict:
     return result | {"machine": machine(), "versions": versions()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", choices=CONFIGS, default="llama-90m")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -189,7 +191,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=("stock", "pyfast", "compile"), default=["stock", "pyfast"])
     parser.add_argument("--max-discarded", type=int, default=30, help="disturbed rounds before giving up")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line, instead of a table")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.rounds < 5:
         parser.error("--rounds: 5 at least, for a median that means something")
     if options.threads is None:
