@@ -96,6 +96,7 @@ def patch(
             f"no row of pyfast/hf/families.py knows the model type {root.config.model_type!r}:"
             " its layers, MLPs, norms and loss stay as they are",
         )
+    session.unused()
     report = session.report
     if strict and report.skipped:
         unpatch(model)
@@ -212,6 +213,14 @@ class _Session:
             self.skip(name, f"{type(self.root).__name__} does not take its attention from transformers' registry")
         elif self.family is None:
             self.served(name, "attention")
+
+    def unused(self) -> None:
+        """Reports the ops that were asked for and serve nothing."""
+        used = {row.op for row in self.report.swapped}
+        if self.root.config._attn_implementation == attention.IMPLEMENTATION:
+            used |= {"attention", "attention_varlen"}
+        for op in sorted((self.wanted or frozenset()) - used):
+            self.skip(self.names[self.root], f"{op} was asked for, but no module uses it with only the ops asked for")
 
     def module(self, name: str, module: nn.Module) -> None:
         """Swaps the module if it is of a kind that the family's row, or PEFT, names."""

@@ -7,18 +7,18 @@ gradient checkpointing, hooks and whatever else wraps a module's call stay where
 import functools
 import inspect
 from collections.abc import Callable
-from operator import attrgetter
 
 from torch import nn
 
 from pyfast.hf.families import Family
 
-attribute = functools.cache(attrgetter)
-
-
 def get(module: nn.Module, path: str | None, default=None):
     """The attribute at `path`, `default` where the path is None."""
-    return default if path is None else attribute(path)(module)
+    if path is None:
+        return default
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 def is_plain(module: nn.Module) -> bool:

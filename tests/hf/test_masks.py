@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf.tiny import CAUSAL, PAD, VOCAB, batch, step, stock
+from hf.tiny import CAUSAL, PAD, VOCAB, assert_same_step, batch, step, stock
 from transformers import StaticCache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -111,6 +111,17 @@ def test_packed_sequences_are_as_if_alone(case):
     kwargs = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 12, "max_length_k": 12}
     packed = model(ids, position_ids=positions, use_cache=False, **kwargs).logits
     torch.testing.assert_close(packed, alone, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "right", "left", "packed"])
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "gemma2", "gpt2", "bert-token"])
+def test_the_registered_attention(case, kind):
+    """The family's own attention modules, with masks and windows as the registered implementation gets them."""
+    if case not in CAUSAL and kind == "packed":
+        return
+    model = stock(case)
+    pyfast.patch(model, ops=["attention"], strict=True)
+    assert_same_step(step(model, **batch(case, kind)), case, torch.float32, "none", kind)
 
 
 def test_boundaries_alone_keep_sequences_apart():

@@ -169,7 +169,7 @@ def test_what_is_no_model_is_refused(thing, message):
 )
 def test_only_the_ops_asked_for(ops, swapped):
     model = stock("llama", adapter="lora")
-    report = pyfast.patch(model, ops=ops)
+    report = pyfast.patch(model, ops=ops, strict=True)
     assert {row.op for row in report.swapped} <= set(ops)
     names = {name: type(m) is not stock_class(m) for name, m in model.named_modules()}
     for suffix in swapped:
@@ -181,6 +181,16 @@ def test_only_the_ops_asked_for(ops, swapped):
 def test_unknown_ops_are_refused():
     with pytest.raises(ValueError, match="no op is called flash"):
         pyfast.patch(stock("llama"), ops=["flash", "attention"])
+
+
+def test_ops_that_nothing_uses_are_reported():
+    model = stock("llama")
+    report = pyfast.patch(model, ops=["rope", "layer_norm"])
+    assert report.swapped == []
+    assert [row.reason.split()[0] for row in report.skipped] == ["layer_norm", "rope"]
+    with pytest.raises(RuntimeError, match="layer_norm was asked for"):
+        pyfast.patch(model, ops=["layer_norm", "rms_norm"], strict=True)
+    assert _is_stock(model)
 
 
 # ---- families and layers without a row
@@ -285,6 +295,20 @@ def test_the_fused_loss_is_refused_where_it_differs():
     report = pyfast.patch(model)
     assert "the fused loss is" in report.skipped[0].reason
     torch.testing.assert_close(model(**batch("llama")).loss, expected)
+
+
+def test_norms_of_queries_by_head_stay_as_they_are():
+    """Cohere's largest models norm each head with a weight of its own."""
+    config = transformers.CohereConfig(**{**CASES["cohere"][2], "use_qk_norm": True})
+    torch.manual_seed(0)
+    model = transformers.CohereForCausalLM(config)
+    loss, gradients = step(model, **batch("cohere"))
+    report = pyfast.patch(model)
+    assert len(report.skipped) == 4
+    got, gradients_got = step(model, **batch("cohere"))
+    torch.testing.assert_close(got, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_got[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 # ---- hooks
@@ -500,6 +524,17 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = step(model, **inputs)
     assert_steps_agree(got, truth("llama", FP32, "lora", "full"), own, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", ["llama", "bert-token"])
+def test_compiled(case):
+    model = stock(case, adapter="lora")
+    pyfast.patch(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got = step(compiled, **batch(case, "right"))
+    got = got[0], {name.removeprefix("_orig_mod."): gradient for name, gradient in got[1].items()}
+    assert_steps_agree(got, truth(case, FP32, "lora", "right"), stock_step(case, FP32, "lora", "right"), FP32)
 
 
 def test_second_step_after_the_optimizer():
