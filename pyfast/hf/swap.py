@@ -12,6 +12,7 @@ from torch import nn
 
 from pyfast.hf.families import Family
 
+
 def get(module: nn.Module, path: str | None, default=None):
     """The attribute at `path`, `default` where the path is None."""
     if path is None:
