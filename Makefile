@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: env build test test-all lint format demo bench clean
 
-# A torch that the interpreter already sees and that is in range is kept; otherwise constraints.txt pins one with a CPU build.
+# A torch that the interpreter already sees and that is in range is kept, and its triton; otherwise constraints.txt pins one with a CPU build.
 env: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null \
@@ -16,7 +16,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py
 	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install -q -c constraints.txt torch
 	$(RUN) -m pip install -q -c constraints.txt "setuptools>=77" ninja wheel
 	$(RUN) -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/constraints.txt
-	grep -v '^torch==' constraints.txt >> $(VENV)/constraints.txt
+	$(RUN) -c 'import triton; print("triton==" + triton.__version__)' 2>/dev/null >> $(VENV)/constraints.txt \
+	  || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
+	grep -v -e '^torch==' -e '^triton==' constraints.txt >> $(VENV)/constraints.txt
 	$(RUN) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt -e ".[test,bench]"
 	touch $@
 

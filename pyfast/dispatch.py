@@ -6,13 +6,20 @@ cannot serve the call: it never falls through to another one.
 """
 
 import contextlib
+import importlib.util
+import os
 from pathlib import Path
 
 import torch
 
+#: the Triton kernels also serve CPU tensors, in the interpreter, where this was set before pyfast was imported
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
 #: backend -> (namespace of its kernels in torch.ops, device types that it serves); None: plain PyTorch, any device
+#: (ROCm's device type is "cuda" too)
 BACKENDS = {
     "cpu": ("pyfast_cpu", ("cpu",)),
+    "triton": ("pyfast_triton", ("cuda", "cpu") if INTERPRETING else ("cuda",)),
     "torch": (None, None),
     "reference": (None, None),
 }
@@ -20,15 +27,16 @@ BACKENDS = {
 #: dtypes that the native kernels are written for
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: op -> device type -> backends, best first. A device type that is not listed gets "torch".
+#: op -> device type -> backends, best first. A device type that is not listed gets "torch". A backend that stands in
+#: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("torch",)},
     "attention_varlen": {"cpu": ("torch",)},
     "cross_entropy": {"cpu": ("cpu", "torch")},
     "linear_cross_entropy": {"cpu": ("cpu", "torch")},
-    "swiglu": {"cpu": ("cpu", "torch")},
-    "geglu": {"cpu": ("cpu", "torch")},
-    "gelu_bias": {"cpu": ("cpu", "torch")},
+    "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "geglu": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "gelu_bias": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "rms_norm": {"cpu": ("cpu", "torch")},
     "layer_norm": {"cpu": ("cpu", "torch")},
     "rope": {"cpu": ("cpu", "torch")},
@@ -54,6 +62,26 @@ def _load_native() -> str | None:
     return None
 
 
+def _load_triton(library: torch.library.Library) -> str | None:
+    """Registers the Triton kernels in `library`; returns why they cannot be used, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'pyfast-kernels[triton]'; PyTorch for CUDA brings its own)"
+    if not (INTERPRETING or torch.version.cuda or torch.version.hip):
+        return (
+            "this PyTorch has no CUDA or ROCm (TRITON_INTERPRET=1, set before pyfast is imported, runs it on the CPU)"
+        )
+    if INTERPRETING:
+        from pyfast import triton_interpreter
+
+        triton_interpreter.install()
+    from pyfast.kernels import launch
+
+    for name, launcher in launch.launchers().items():
+        for device in BACKENDS["triton"][1]:
+            library.impl(name, launcher, device.upper())
+    return None
+
+
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot be used on this machine, or None."""
     return _UNAVAILABLE.get(backend)
@@ -70,10 +98,13 @@ def refusal(backend: str, op: str, tensor: torch.Tensor) -> str | None:
         return None
     if tensor.device.type not in devices:
         return f"it serves {' and '.join(devices)} tensors, not {tensor.device.type}"
-    if backend not in TABLE[op].get(tensor.device.type, ()):
+    if not any(backend in backends for backends in TABLE[op].values()):
         return "it has no kernel for this op"
     if tensor.dtype not in KERNEL_DTYPES:
         return f"its kernels serve float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+    nvidia = tensor.device.type == "cuda" and not torch.version.hip
+    if nvidia and tensor.dtype == torch.bfloat16 and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "this GPU has no bfloat16 (compute capability 8.0 or later has): use float16"
     return None
 
 
@@ -116,7 +147,7 @@ def kernels(backend: str):
 def use_backend(backend: str, op: str | None = None, arch: str | None = None):
     """Serves `op` (or every op) with one backend inside the `with` block, in the whole process.
 
-    backend: "cpu", "torch" (PyTorch's own best) or "reference" (the plain truth, slow).
+    backend: "cpu", "triton", "torch" (PyTorch's own best) or "reference" (the plain truth, slow).
     arch: for "cpu", the instruction set: "avx2", "avx512" or "amx"; the CPU's best without it.
     A call that the backend cannot serve raises a ValueError that says why.
     """

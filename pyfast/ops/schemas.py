@@ -169,6 +169,9 @@ def _(input, linear_weight, linear_bias, lora_A, lora_B, target, weight, upstrea
     return loss, torch.empty_like(loss), *gradients
 
 
-_reason = dispatch._load_native()
-if _reason is not None:
-    dispatch._UNAVAILABLE["cpu"] = _reason
+for _backend, _reason in {
+    "cpu": dispatch._load_native(),
+    "triton": dispatch._load_triton(_LIBRARIES["pyfast_triton"]),
+}.items():
+    if _reason is not None:
+        dispatch._UNAVAILABLE[_backend] = _reason

@@ -1,0 +1,182 @@
+"""Activations in Triton: gated (swiglu, geglu) and of a biased input (gelu_bias). Each backward is one pass.
+
+A program takes a tile of ROWS x BLOCK elements. Rows may have any stride, so that the halves of a joined (rows, 2N)
+tensor are read in place; gated inputs that are contiguous are one long row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from pyfast.kernels import launch
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """(y, dy/dx) of an activation for fp32 x, both with their relative accuracy in the tails."""
+    if ACTIVATION == "silu":
+        s = 1 / (1 + tl.exp(-x))
+        return x * s, s * (1 + x * (1 - s))
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * libdevice.erfc(-0.7071067811865476 * x)
+        return x * cdf, cdf + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        e = tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x))
+        s = 1 / (1 + e)
+        rest = tl.where(x > 0, e * s, 1 - s)  # 1 - s with its digits
+        slope = 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
+        return x * s, s + x * (s * rest) * slope
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        return tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
+
+
+@triton.jit
+def tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows (ROWS, 1), columns (1, BLOCK) and which of them exist; rows are int64 for their strides."""
+    blocks = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, column, (row < rows) & (column < columns)
+
+
+@triton.jit
+def gated_kernel(
+    GATE,
+    UP,
+    Y,
+    rows,
+    columns,
+    gate_stride,
+    up_stride,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, column, inside = tile(rows, columns, ROWS, BLOCK)
+    gate = tl.load(GATE + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    y, _ = activated(gate, ACTIVATION)
+    tl.store(Y + row * columns + column, (y * up).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_backward_kernel(
+    DY,
+    GATE,
+    UP,
+    DGATE,
+    DUP,
+    rows,
+    columns,
+    dy_stride,
+    gate_stride,
+    up_stride,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, column, inside = tile(rows, columns, ROWS, BLOCK)
+    dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(GATE + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    y, slope = activated(gate, ACTIVATION)
+    tl.store(DGATE + row * columns + column, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
+    tl.store(DUP + row * columns + column, (dy * y).to(DUP.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activate_kernel(
+    X, BIAS, Y, rows, columns, stride, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, column, inside = tile(rows, columns, ROWS, BLOCK)
+    x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
+    y, _ = activated(x + bias, ACTIVATION)
+    tl.store(Y + row * columns + column, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activate_backward_kernel(
+    DY,
+    X,
+    BIAS,
+    DX,
+    PARTIAL,
+    rows,
+    columns,
+    dy_stride,
+    stride,
+    ACTIVATION: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """PARTIAL (tiles of rows, columns): the sum of dx over the rows of each tile."""
+    row, column, inside = tile(rows, columns, ROWS, BLOCK)
+    dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
+    _, slope = activated(x + bias, ACTIVATION)
+    dx = dy * slope
+    tl.store(DX + row * columns + column, dx.to(DX.dtype.element_ty), mask=inside)
+    if BIAS_GRADIENT:
+        first = (tl.program_id(0) // tl.cdiv(columns, BLOCK)).to(tl.int64)
+        total = tl.sum(tl.where(inside, dx, 0.0), 0, keep_dims=True)
+        tl.store(PARTIAL + first * columns + column, total, mask=column < columns)
+
+
+def _rows(*tensors):
+    """The tensors as (rows, N); one long row where all are contiguous."""
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(1, -1) for t in tensors]
+    return [launch.rows_of(t) for t in tensors]
+
+
+def _run(kernel, tensors, results, activation, **constants):
+    """Runs a kernel over the tiles of tensors (rows, N)."""
+    rows, columns = tensors[0].shape
+    tile = launch.tile(kernel, tensors[0].device, columns)
+    programs = triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, tile["BLOCK"])
+    strides = [t.stride(0) for t in tensors if t.dim() == 2]  # a bias has none
+    launch.run(
+        kernel, programs, *tensors, *results, rows, columns, *strides, ACTIVATION=activation, **constants, **tile
+    )
+
+
+@launch.launcher
+def gated(gate, up, activation):
+    y = gate.new_empty(gate.shape)
+    if y.numel():
+        _run(gated_kernel, _rows(gate, up), [y], activation)
+    return y
+
+
+@launch.launcher
+def gated_backward(dy, gate, up, activation):
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    if dgate.numel():
+        _run(gated_backward_kernel, _rows(dy, gate, up), [dgate, dup], activation)
+    return dgate, dup
+
+
+@launch.launcher
+def activate(x, bias, activation):
+    y = x.new_empty(x.shape)
+    if y.numel():
+        _run(activate_kernel, [launch.rows_of(x), bias.contiguous()], [y], activation)
+    return y
+
+
+@launch.launcher
+def activate_backward(dy, x, bias, activation, bias_gradient):
+    dx = x.new_empty(x.shape)
+    if dx.numel() == 0:
+        return dx, bias.new_zeros(bias.shape if bias_gradient else (0,))
+    dy, x, bias = launch.rows_of(dy), launch.rows_of(x), bias.contiguous()
+    tiles = triton.cdiv(len(x), launch.tile(activate_backward_kernel, x.device, x.shape[1])["ROWS"])
+    partial = bias.new_empty((tiles, len(bias)) if bias_gradient else 0, dtype=torch.float32)
+    _run(activate_backward_kernel, [dy, x, bias], [dx, partial], activation, BIAS_GRADIENT=bias_gradient)
+    return dx, partial.sum(0).to(bias.dtype) if bias_gradient else bias.new_empty(0)

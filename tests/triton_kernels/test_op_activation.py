@@ -1,0 +1,1 @@
+from test_activation import *  # noqa: F403

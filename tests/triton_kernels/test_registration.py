@@ -1,0 +1,58 @@
+"""The Triton kernels behind the public ops: chosen only where they should be, and understood by torch.compile."""
+
+import pytest
+import torch
+from harness import run
+
+import pyfast
+from pyfast import dispatch
+from pyfast.ops import swiglu
+
+x, up, bias = torch.randn(5, 40)[:, :33], torch.randn(5, 33), torch.randn(33)
+
+#: schema -> arguments of a few calls
+CALLS = {
+    "gated": [(x, up, "silu"), (up, up, "gelu")],
+    "gated_backward": [(up, x, up, "gelu_tanh"), (up, up, up, "relu")],
+    "activate": [(x, bias, "gelu")],
+    "activate_backward": [(up, x, bias, "gelu", True), (up, x, bias, "gelu", False)],
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(kernel):
+    """Skips where the interpreter does not run."""
+
+
+def test_every_launcher_has_calls():
+    from pyfast.kernels import launch
+
+    assert CALLS.keys() == launch.launchers().keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    """Schema, fake, and no input changed or aliased."""
+    for call in CALLS[name]:
+        torch.library.opcheck(getattr(torch.ops.pyfast_triton, name).default, call)
+
+
+def test_never_chosen_on_a_cpu():
+    for op, row in dispatch.TABLE.items():
+        assert "triton" not in row["cpu"]
+        assert dispatch.choose(op, torch.randn(3)) != "triton"
+
+
+def test_refuses_what_it_does_not_serve():
+    with pyfast.use_backend("triton"), pytest.raises(ValueError, match="kernels serve float32, bfloat16 and float16"):
+        swiglu(torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    """fullgraph=True traces through the kernels' fakes."""
+    compiled = torch.compile(lambda a, b: swiglu(a, b), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (4, 7):
+        args = [torch.randn(rows, 33, requires_grad=True) for _ in range(2)]
+        eager = run(swiglu, args, backend="triton")
+        torch.testing.assert_close(run(compiled, args, backend="triton")[:2], eager[:2], rtol=0, atol=0)
