@@ -30,8 +30,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: op -> device type -> backends, best first. A device type that is not listed gets "torch". A backend that stands in
 #: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("torch",)},
-    "attention_varlen": {"cpu": ("torch",)},
+    "attention": {"cpu": ("cpu", "torch")},
+    "attention_varlen": {"cpu": ("cpu", "torch")},
     "cross_entropy": {"cpu": ("cpu", "torch")},
     "linear_cross_entropy": {"cpu": ("cpu", "torch")},
     "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},

@@ -103,15 +103,14 @@ def _attend(q, k, v, visible, scale, softcap, sinks, attn_bias, dropout_p, seed,
         s = softcap * torch.tanh(s / softcap)
     if attn_bias is not None:
         s = s + attn_bias.to(s.dtype)
-    s = s.masked_fill(~visible | (s == -torch.inf), -torch.inf)
-    logits = s
+    excluded = ~visible | (s == -torch.inf)
+    logits = s = s.masked_fill(excluded, -torch.inf)
     if sinks is not None:
         logits = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], -1)
-    lse = torch.logsumexp(logits, -1)
-    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    p = torch.softmax(logits, -1)[..., : s.shape[-1]].masked_fill(excluded, 0)
     if dropout_p > 0:
         p = p * philox.keep_mask(index, dropout_p, seed) / (1 - dropout_p)
-    return (p @ v).to(q.dtype), lse
+    return (p @ v).to(q.dtype), torch.logsumexp(logits, -1)
 
 
 def attention(

@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
-from harness import run
+from harness import check, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._pytree import tree_map_only
 
 import pyfast
@@ -21,26 +23,28 @@ CASES = {
     "wide-head": ((1, 2, 1, 50, 70, 256), {"causal": True}),
     "odd-head": ((1, 2, 2, 33, 45, 7), {}),
     "one-query": ((2, 4, 2, 1, 90, 64), {"causal": True}),
-    "one-key": ((2, 2, 2, 19, 1, 16), {}),
+    "one-key-and-sink": ((2, 8, 2, 19, 1, 16), {"sinks": 0.0}),
     "window": ((1, 2, 1, 200, 200, 16), {"window_size": (17, 5)}),
     "window-left": ((1, 2, 2, 170, 170, 16), {"window_size": (33, None), "causal": True}),
     "window-shifted": ((1, 2, 2, 60, 170, 16), {"window_size": (20, -1)}),
-    "window-zero": ((1, 1, 1, 70, 70, 16), {"window_size": (0, 0)}),
+    "window-one": ((1, 2, 1, 170, 170, 16), {"window_size": (1, 0)}),
     "window-right": ((1, 1, 1, 70, 90, 16), {"window_size": (-1, 3)}),
     "softcap": ((1, 2, 2, 60, 60, 32), {"softcap": 2.0, "scale": 1.0, "causal": True}),
     "scale": ((1, 2, 2, 60, 60, 32), {"scale": 0.7}),
-    "sinks": ((2, 4, 2, 50, 50, 32), {"sinks": 0.0, "causal": True}),
-    "sinks-dominate": ((1, 2, 2, 40, 40, 32), {"sinks": 6.0}),
+    "scale-sharp": ((1, 2, 2, 200, 300, 32), {"scale": 2.0}),
+    "scale-negative": ((1, 2, 2, 50, 60, 16), {"scale": -0.4, "causal": True}),
+    "sinks": ((2, 8, 4, 50, 50, 32), {"sinks": 0.0, "causal": True}),
+    "sinks-dominate": ((1, 16, 4, 40, 40, 32), {"sinks": 6.0}),
     "bias": ((2, 3, 3, 40, 50, 32), {"bias": (2, 3, 40, 50)}),
     "bias-over-batch": ((3, 2, 1, 40, 70, 32), {"bias": (1, 2, 40, 70), "causal": True}),
     "bias-over-heads": ((2, 4, 2, 40, 70, 32), {"bias": (2, 1, 40, 70)}),
     "bias-of-keys": ((2, 2, 1, 40, 70, 32), {"bias": (2, 1, 1, 70)}),
     "bias-of-queries": ((2, 2, 2, 40, 70, 32), {"bias": (40, 1), "sinks": 0.0}),
-    "bias-of-heads": ((2, 2, 2, 40, 70, 32), {"bias": (2, 1, 1), "sinks": 0.0}),
+    "bias-of-heads": ((2, 8, 2, 40, 70, 32), {"bias": (8, 1, 1), "sinks": 0.0}),
     "padding": ((3, 2, 1, 50, 90, 32), {"mask": "random"}),
     "padding-causal": ((2, 2, 1, 90, 90, 32), {"mask": "padded", "causal": True}),
     "no-key": ((2, 2, 1, 30, 40, 16), {"mask": "none"}),
-    "no-key-but-sink": ((2, 2, 1, 30, 40, 16), {"mask": "none", "sinks": 0.0}),
+    "no-key-but-sink": ((2, 8, 2, 30, 40, 16), {"mask": "none", "sinks": 0.0}),
     "dropout": ((2, 2, 1, 67, 71, 32), {"dropout_p": 0.3, "seed": 11}),
     "dropout-causal": ((1, 2, 2, 70, 70, 32), {"dropout_p": 0.1, "seed": 2**62 + 5, "causal": True, "sinks": 0.0}),
     "lse": ((2, 2, 1, 40, 50, 32), {"return_lse": True}),
@@ -73,7 +77,6 @@ VARLEN_CASES = {
     "sinks": ([0, 30, 50], [0, 0, 50], (2, 2, 32), {"sinks": 1.0}),
     "dropout": ([40, 25], [30, 45], (3, 3, 16), {"dropout_p": 0.25, "seed": 9}),
     "rest-unused": ([12, 20, -6], [12, 20, -4], (2, 1, 16), {"causal": True}),
-    "no-sequence": ([], [], (2, 1, 16), {}),
 }
 
 
@@ -222,6 +225,277 @@ def test_varlen_reference_is_attention_per_sequence():
             rows_q, rows_k = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
             alone = attention(*(x.transpose(0, 1)[None] for x in (q[rows_q], k[rows_k], v[rows_k])), **options)
             torch.testing.assert_close(packed[rows_q], alone[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_rule(kernel, dtype, case):
+    args, options = inputs(case, dtype)
+    check(attention, args, options, *kernel)
+
+
+@pytest.mark.parametrize("case", VARLEN_CASES)
+def test_varlen_error_rule(kernel, dtype, case):
+    args, options = varlen_inputs(case, dtype)
+    check(attention_varlen, args, options, *kernel)
+
+
+def test_one_key(kernel, dtype):
+    """The probability is 1 whatever the score: the value comes out as it is, and q and k get no gradient."""
+    (q, k, v), _ = inputs(((2, 4, 2, 19, 1, 16), {}), dtype)
+    (out,), (dq, dk, _), _ = run(attention, [q, k, v], {}, *kernel)
+    torch.testing.assert_close(out, v.detach().repeat_interleave(2, 1).expand(2, 4, 19, 16), rtol=0, atol=0)
+    assert dq.abs().max() < 1e-5 and dk.abs().max() < 1e-5
+    (q, k, v), _ = inputs(((1, 2, 2, 170, 170, 16), {}), dtype)
+    (out,), *_ = run(attention, [q, k, v], {"window_size": (0, 0)}, *kernel)
+    assert torch.equal(out, v.detach())
+
+
+def test_no_sequence(kernel):
+    q, kv, none = torch.randn(3, 2, 8, requires_grad=True), torch.randn(5, 1, 8), torch.zeros(1, dtype=torch.int32)
+    (out,), (dq,), _ = run(attention_varlen, [q, kv, kv, none, none, 0, 0], {}, *kernel)
+    assert torch.equal(out, torch.zeros(3, 2, 8)) and torch.equal(dq, torch.zeros(3, 2, 8))
+
+
+def check_drawn(op, args, options):
+    """fp32 within 50 roundings of the truth: with few elements, PyTorch's own error may happen to be 0."""
+    outputs, gradients, cotangents = run(op, args, options, "cpu")
+    args, options = double((args, options))
+    truth, truth_gradients, _ = run(op, args, options, "reference", cotangents=[c.double() for c in cotangents])
+    for k, ref in zip(outputs + gradients, truth + truth_gradients, strict=True):
+        largest = ref.abs().max().item() if ref.numel() else 0
+        torch.testing.assert_close(k.double(), ref, rtol=0, atol=50 * 2**-24 * max(1, largest))
+
+
+@given(
+    st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(0, 150), st.integers(0, 150), st.integers(1, 70)),
+    st.booleans(),
+    st.tuples(st.one_of(st.none(), st.integers(-1, 100)), st.one_of(st.none(), st.integers(-1, 100))),
+)
+@settings(max_examples=50, deadline=None)
+def test_drawn_shapes(heads, lengths, causal, window_size):
+    batch, kv_heads, group = heads
+    shape = (batch, kv_heads * group, kv_heads, *lengths)
+    check_drawn(attention, *inputs((shape, {"causal": causal, "window_size": window_size})))
+
+
+@given(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), min_size=1, max_size=5), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_drawn_lengths(lengths, causal):
+    lengths_q, lengths_k = map(list, zip(*lengths, strict=True))
+    check_drawn(attention_varlen, *varlen_inputs((lengths_q, lengths_k, (4, 2, 24), {"causal": causal})))
+
+
+@pytest.mark.parametrize("sinks_dtype, bias_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)])
+def test_parameters_of_other_dtypes(kernel, sinks_dtype, bias_dtype):
+    args, _ = inputs(((2, 4, 2, 30, 40, 32), {}), torch.bfloat16)
+    options = {
+        "sinks": torch.randn(4).to(sinks_dtype).requires_grad_(),
+        "attn_bias": torch.randn(4, 30, 40).to(bias_dtype).requires_grad_(),
+    }
+    check(attention, args, options, *kernel)
+    options["attn_bias"] = options["attn_bias"].detach().double().requires_grad_()
+    assert run(attention, args, options, *kernel)[1][-1].dtype == torch.float64
+
+
+def heads_last(x):
+    """The same values as a (B, H, S, D) view of (B, S, H, D) memory, as models make it."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+
+def test_strides(kernel, dtype):
+    """Transposed views, slices of joined projections, strided last dimensions and expanded tensors give the same."""
+    (q, k, v), options = inputs("everything", dtype)
+    expected = run(attention, [q, k, v], options, *kernel)
+    for change in (
+        heads_last,
+        lambda x: torch.stack([x.detach()] * 2, -1)[..., 0].requires_grad_(),
+        lambda x: torch.cat([x.detach()] * 2, 1)[:, : x.shape[1]].requires_grad_(),
+    ):
+        actual = run(attention, [change(q), change(k), change(v)], options, *kernel, cotangents=expected[2])
+        torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0, equal_nan=True)
+    bias = options["attn_bias"].detach()
+    for strided in (bias.mT.contiguous().mT, torch.stack([bias] * 2, -1)[..., 1]):
+        actual = run(
+            attention, [q, k, v], {**options, "attn_bias": strided.requires_grad_()}, *kernel, cotangents=expected[2]
+        )
+        torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0, equal_nan=True)
+    out = attention(q, k, v)
+    alike = torch.autograd.grad(out, q, torch.ones((), dtype=dtype).expand(out.shape))
+    assert torch.equal(alike[0], torch.autograd.grad(attention(q, k, v), q, torch.ones_like(out))[0])
+
+
+def test_layout(kernel):
+    """Models merge the heads of the result, and of the gradients, without a copy."""
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        q, k, v = (heads_last(x) for x in inputs("grouped")[0])
+        out = attention(q, k, v)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        for x in (out, *gradients):
+            assert x.transpose(1, 2).is_contiguous()
+        args, _ = varlen_inputs("causal")
+        q, k, v = (torch.cat([x.detach()] * 3, -2)[:, : x.shape[1]].requires_grad_() for x in args[:3])
+        out = attention_varlen(q, k, v, *args[3:])
+        for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))):
+            assert x.is_contiguous()
+
+
+def test_padding_is_never_read(kernel, dtype):
+    """What masked keys hold does not matter, and a packed sequence sees nothing of its neighbours."""
+    (q, k, v), options = inputs("padding-causal", dtype)
+    other = [torch.where(options["attention_mask"][:, None, :, None], x.detach(), 3.0) for x in (k, v)]
+    first = run(attention, [q.detach(), k.detach(), v.detach()], options, *kernel)[0][0]
+    second = run(attention, [q.detach(), *other], options, *kernel)[0][0]
+    assert torch.equal(first, second)
+    args, _ = varlen_inputs("causal", dtype)
+    changed = [x.detach().clone() for x in args[:3]]
+    for x in changed:
+        x[args[3][2] :] = 9.0
+    first = run(attention_varlen, [*(x.detach() for x in args[:3]), *args[3:]], {"causal": True}, *kernel)[0][0]
+    second = run(attention_varlen, [*changed, *args[3:]], {"causal": True}, *kernel)[0][0]
+    assert torch.equal(first[: args[3][2]], second[: args[3][2]])
+
+
+def test_bias_of_minus_infinity_excludes(kernel, dtype):
+    (q, k, v), options = inputs("padding", dtype)
+    bias = torch.zeros(3, 1, 1, 90, dtype=dtype).masked_fill(~options["attention_mask"][:, None, None], -torch.inf)
+    bias[0] = -torch.inf
+    (out,), gradients, cotangents = run(attention, [q, k, v], {"attn_bias": bias}, *kernel)
+    options["attention_mask"][0] = False
+    expected = run(attention, [q, k, v], options, *kernel, cotangents=cotangents)
+    torch.testing.assert_close([out, *gradients], [*expected[0], *expected[1]], rtol=0, atol=0)
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+
+
+def test_smallest_bias_masks(kernel, dtype):
+    """Masks made of finfo.min, as models make them: a row of nothing else is a plain mean, its gradient too."""
+    (q, k, v), options = inputs("padding", dtype)
+    smallest = torch.finfo(dtype).min
+    bias = torch.zeros(3, 1, 50, 90, dtype=dtype).masked_fill(~options["attention_mask"][:, None, None], smallest)
+    bias[0, :, :20] = smallest
+    check(attention, [q, k, v], {"attn_bias": bias}, *kernel)
+
+
+def test_nan_passes(kernel, dtype):
+    """A NaN in the input is seen in the result of its row, never hidden."""
+    (q, k, v), _ = inputs("plain", dtype)
+    q.detach()[0, 0, 3, 5] = torch.nan
+    (out, lse), *_ = run(attention, [q, k, v], {"return_lse": True}, *kernel)
+    assert out[0, 0, 3].isnan().all() and lse[0, 0, 3].isnan()
+    assert out.isnan().sum() == out.shape[-1]
+
+
+def test_deterministic_and_replayed(kernel, dtype):
+    args, options = inputs("everything", dtype)
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        out, lse = attention(*args, **options)
+        wanted = [*args, options["sinks"], options["attn_bias"]]
+        first = torch.autograd.grad((out, lse), wanted, (out, lse), retain_graph=True)
+        second = torch.autograd.grad((out, lse), wanted, (out, lse))
+        again = attention(*args, **options)[0]
+    assert torch.equal(out, again)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    seed = torch.tensor(options["seed"])
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        assert torch.equal(attention(*args, **{**options, "seed": seed})[0], again)
+        assert not torch.equal(attention(*args, **{**options, "seed": 4})[0], again)
+
+
+def test_seed_from_torch():
+    """Without a seed, one is drawn from torch's default generator, so that checkpointing replays it."""
+    (q, k, v), _ = inputs("plain")
+
+    def f():
+        torch.manual_seed(5)
+        checkpointed = torch.utils.checkpoint.checkpoint(
+            lambda q: attention(q, k, v, dropout_p=0.4), q, use_reentrant=False
+        )
+        return torch.autograd.grad(checkpointed.square().sum(), q)[0]
+
+    torch.manual_seed(5)
+    plain = torch.autograd.grad(attention(q, k, v, dropout_p=0.4).square().sum(), q)[0]
+    assert torch.equal(f(), plain)
+
+
+def test_autocast(kernel):
+    args, options = inputs("sinks")
+    with pyfast.use_backend(kernel[0], arch=kernel[1]), torch.autocast("cpu", torch.bfloat16):
+        out = attention(*args, **options)
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        expected = attention(*(x.bfloat16() for x in args), **options)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    gradients = torch.autograd.grad(out.float().sum(), [*args, options["sinks"]])
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+def test_second_derivative_and_vmap_raise():
+    (q, k, v), _ = inputs("plain")
+    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(dq.sum(), q)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda q: attention(q, k.detach(), v.detach()))(q.detach()[None])
+
+
+OPTIONS = (4, 0.3, 2.0, 5, 3, 0.25)
+
+
+def test_opcheck():
+    args, options = inputs("everything")
+    q, k, v = (x.detach() for x in args)
+    extra = (options["sinks"].detach(), options["attention_mask"], options["attn_bias"].detach(), torch.tensor(3))
+    call = (q, k, v, *extra, None, None, *OPTIONS)
+    ops = torch.ops.pyfast_cpu
+    torch.library.opcheck(ops.attention.default, call)
+    out, maximum, log_sum = ops.attention(*call)
+    torch.library.opcheck(
+        ops.attention_backward.default, (out, maximum, q, k, v, out, maximum, log_sum, *call[3:], True)
+    )
+    q, k, v, cu_q, cu_k = (x.detach() for x in varlen_inputs("different-keys")[0][:5])
+    call = (q, k, v, None, None, None, None, cu_q, cu_k, *OPTIONS[:-1], 0.0)
+    torch.library.opcheck(ops.attention.default, call)
+    out, maximum, log_sum = ops.attention(*call)
+    torch.library.opcheck(ops.attention_backward.default, (out, None, q, k, v, out, maximum, log_sum, *call[3:], False))
+
+
+def test_kernel_checks_its_arguments():
+    """A direct call never reads out of bounds."""
+    q, k = torch.randn(10, 2, 16), torch.randn(12, 1, 16)
+    ends = torch.tensor([0, 4, 10])
+    for cu_k in ([0, 4, 13], [0, 5, 4], [1, 2, 3], [0, 4], [0, -4, 12]):
+        with pytest.raises(RuntimeError, match="cu_seqlens"):
+            torch.ops.pyfast_cpu.attention(
+                q, k, k, None, None, None, None, ends, torch.tensor(cu_k), *OPTIONS[:-1], 0.0
+            )
+
+
+@pytest.mark.parametrize("case", ["grouped", "everything"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(case, dynamic):
+    args, options = inputs(case)
+    if "seed" in options:
+        options["seed"] = torch.tensor(options["seed"])
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    expected = run(attention, args, options, "cpu")
+    actual = run(compiled, args, options, "cpu", cotangents=expected[2])
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_varlen_compile(dynamic):
+    args, options = varlen_inputs("dropout")
+    compiled = torch.compile(attention_varlen, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    expected = run(attention_varlen, args, options, "cpu")
+    actual = run(compiled, args, options, "cpu", cotangents=expected[2])
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+
+
+def test_inductor():
+    args, options = inputs("sinks")
+    compiled = torch.compile(lambda q, k, v: attention(q * 2, k, v, **options) + 1, fullgraph=True)
+    expected = run(lambda q, k, v: attention(q * 2, k, v, **options) + 1, args, {}, "cpu")
+    actual = run(compiled, args, {}, "cpu", cotangents=expected[2])
+    torch.testing.assert_close(actual[:2], expected[:2])
 
 
 @pytest.mark.parametrize(

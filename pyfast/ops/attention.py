@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, philox, reference
-from pyfast.ops.autograd import autocast
+from pyfast.ops.autograd import autocast, first_order
 from pyfast.ops.checks import check_floating, check_same, describe
 
 
@@ -42,7 +42,7 @@ def attention(
     included, (B, H, Sq) fp32. A query that sees no key gives zeros, lse -inf, and zero gradients; with sinks its
     denominator is the sink alone.
     Gradients go to q, k, v, sinks and attn_bias (summed over its broadcast dimensions), each in its tensor's dtype.
-    Saves q, k, v, the output and lse for backward; the probabilities are recomputed.
+    Saves q, k, v, the output and two numbers per query for backward; the probabilities are recomputed.
     Raises TypeError for wrong types or differing dtypes, ValueError for shapes that do not fit or values out of range.
     """
     name = "attention"
@@ -86,8 +86,13 @@ def attention(
         "seed": philox.seed_tensor(name, seed, q.device) if dropout_p > 0 else None,
     }
     backend = dispatch.choose(name, q)
-    implementation = reference.attention if backend == "reference" else _torch_attention
-    return implementation(q, k, v, attention_mask=attention_mask, attn_bias=attn_bias, return_lse=return_lse, **options)
+    if backend in ("reference", "torch"):
+        implementation = reference.attention if backend == "reference" else _torch_attention
+        return implementation(
+            q, k, v, attention_mask=attention_mask, attn_bias=attn_bias, return_lse=return_lse, **options
+        )
+    out, lse = _kernel(backend, q, k, v, attention_mask=attention_mask, attn_bias=attn_bias, **options)
+    return (out, lse) if return_lse else out
 
 
 def attention_varlen(
@@ -148,8 +153,10 @@ def attention_varlen(
         "seed": philox.seed_tensor(name, seed, q.device) if dropout_p > 0 else None,
     }
     backend = dispatch.choose(name, q)
-    implementation = reference.attention_varlen if backend == "reference" else _torch_attention_varlen
-    return implementation(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    if backend in ("reference", "torch"):
+        implementation = reference.attention_varlen if backend == "reference" else _torch_attention_varlen
+        return implementation(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    return _kernel(backend, q, k, v, cu_seqlens=(cu_seqlens_q, cu_seqlens_k), max_seqlen_k=max_seqlen_k, **options)[0]
 
 
 def _check_heads(op: str, q, k, v, layout: str) -> None:
@@ -215,6 +222,71 @@ def _window(op: str, window_size) -> tuple[int, int]:
         if n < -1:
             raise ValueError(f"{op}: window_size is {window_size!r}, expected sizes of 0 or more, or -1 for no limit")
     return sizes
+
+
+def _kernel(
+    backend,
+    q,
+    k,
+    v,
+    *,
+    causal,
+    scale,
+    window_size,
+    softcap,
+    sinks,
+    dropout_p,
+    seed,
+    attention_mask=None,
+    attn_bias=None,
+    cu_seqlens=(None, None),
+    max_seqlen_k=0,
+):
+    """(out, lse) from a backend's kernels."""
+    left, right = window_size
+    if sinks is not None:
+        sinks = sinks.float()
+    if attn_bias is not None:
+        attn_bias = attn_bias.reshape((1,) * (4 - attn_bias.dim()) + attn_bias.shape)
+        if attn_bias.dtype not in dispatch.KERNEL_DTYPES:
+            attn_bias = attn_bias.float()
+    options = (max_seqlen_k, scale, softcap or 0.0, left, 0 if causal else right, float(dropout_p))
+    return _Attention.apply(q, k, v, sinks, attn_bias, attention_mask, seed, *cu_seqlens, options, backend)
+
+
+def _rows_contiguous(x):
+    """x, copied only where its last dimension is strided: kernels take any other strides."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, attn_bias, attention_mask, seed, cu_seqlens_q, cu_seqlens_k, options, backend):
+        q, k, v = map(_rows_contiguous, (q, k, v))
+        attention_mask, sinks, cu_seqlens_q, cu_seqlens_k = (
+            x if x is None else x.contiguous() for x in (attention_mask, sinks, cu_seqlens_q, cu_seqlens_k)
+        )
+        extra = (sinks, attention_mask, attn_bias, seed, cu_seqlens_q, cu_seqlens_k)
+        out, maximum, log_sum = dispatch.kernels(backend).attention(q, k, v, *extra, *options)
+        ctx.save_for_backward(q, k, v, out, maximum, log_sum, *extra)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return out, maximum + log_sum
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dout, dlse):
+        q, k, v, out, maximum, log_sum, *extra = ctx.saved_tensors
+        sinks, _, attn_bias, *_ = extra
+        dout = torch.zeros_like(out) if dout is None else _rows_contiguous(dout)
+        dlse = dlse if dlse is None else dlse.contiguous()
+        bias_gradient = ctx.needs_input_grad[4]
+        dq, dk, dv, dsinks, dbias = dispatch.kernels(ctx.backend).attention_backward(
+            dout, dlse, q, k, v, out, maximum, log_sum, *extra, *ctx.options, bias_gradient
+        )
+        dsinks = dsinks if sinks is not None else None
+        dbias = dbias.to(attn_bias.dtype) if bias_gradient else None
+        return dq, dk, dv, dsinks, dbias, *(None,) * 6
 
 
 def _torch_attention(

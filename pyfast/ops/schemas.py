@@ -169,6 +169,38 @@ def _(input, linear_weight, linear_bias, lora_A, lora_B, target, weight, upstrea
     return loss, torch.empty_like(loss), *gradients
 
 
+# ---- attention: q (B, H, Sq, D), k and v (B, Hkv, Sk, D), or with cu_seqlens, int32 or int64 (N + 1,): q (Tq, H, D),
+# k and v (Tk, Hkv, D). Any strides with a contiguous last dimension; attn_bias has 4 dimensions and any strides. sinks
+# are fp32. softcap 0: none. left, right: -1 for no limit. Results lie in memory as (B, S, H, D). maximum + log_sum is
+# lse: per query, (B, H, Sq), packed (H, Tq), the largest score, and the logarithm of the sum of the exponentials above
+# it.
+_ATTENTION = (
+    "Tensor? sinks, Tensor? attention_mask, Tensor? attn_bias, Tensor? seed, Tensor? cu_seqlens_q,"
+    " Tensor? cu_seqlens_k, SymInt max_seqlen_k, float scale, float softcap, int left, int right, float dropout_p"
+)
+
+
+def _rows_first(like):
+    return torch.empty_like(like.transpose(1, -2), memory_format=torch.contiguous_format).transpose(1, -2)
+
+
+@kernel(f"attention(Tensor q, Tensor k, Tensor v, {_ATTENTION}) -> (Tensor out, Tensor maximum, Tensor log_sum)")
+def _(q, k, v, *options):
+    queries = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
+    return _rows_first(q), *(q.new_empty(queries, dtype=torch.float32) for _ in range(2))
+
+
+@kernel(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor maximum,"
+    f" Tensor log_sum, {_ATTENTION}, bool bias_gradient)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias)"
+)
+def _(dout, dlse, q, k, v, out, maximum, log_sum, sinks, attention_mask, attn_bias, *options):
+    dsinks = q.new_empty(0 if sinks is None else q.shape[1], dtype=torch.float32)
+    dbias = q.new_empty(attn_bias.shape if options[-1] else 0, dtype=torch.float32)
+    return _rows_first(q), _rows_first(k), _rows_first(k), dsinks, dbias
+
+
 for _backend, _reason in {
     "cpu": dispatch._load_native(),
     "triton": dispatch._load_triton(_LIBRARIES["pyfast_triton"]),
