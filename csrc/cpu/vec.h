@@ -123,8 +123,21 @@ PF_INLINE void for_lanes(int64_t count, F&& body) {
   if (i < count) body(i, int(count - i));
 }
 
-PF_INLINE fvec max(fvec a, fvec b) { return a > b ? a : b; }  // b where either is NaN
-PF_INLINE fvec min(fvec a, fvec b) { return a < b ? a : b; }
+// a > b ? a : b and a < b ? a : b, in one instruction: b where either is NaN
+PF_INLINE fvec max(fvec a, fvec b) {
+#ifdef __AVX512F__
+  return (fvec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return (fvec)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+}
+PF_INLINE fvec min(fvec a, fvec b) {
+#ifdef __AVX512F__
+  return (fvec)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return (fvec)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
+}
 PF_INLINE float hsum(fvec v) {
   float s[VL];
   std::memcpy(s, &v, sizeof v);
@@ -149,11 +162,10 @@ PF_INLINE fvec round_even(fvec x) {
 }
 
 // exp to about 1 ulp over the whole range: Cody-Waite reduction by ln 2 in two parts, then Cephes' degree-5 minimax
-// polynomial. 2^n is applied as two factors so that results near overflow and in the subnormals come out right; NaN
-// passes through.
+// polynomial. 2^n is applied by AVX-512's scalef, elsewhere as two factors, so that results near overflow and in the
+// subnormals come out right; NaN passes through.
 PF_INLINE fvec exp(fvec x) {
-  x = x < -104.f ? splat(-104.f) : x;
-  x = x > 89.f ? splat(89.f) : x;
+  x = min(splat(89.f), max(splat(-104.f), x));
   fvec n = round_even(x * 1.44269504088896341f);
   fvec r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -164,10 +176,14 @@ PF_INLINE fvec exp(fvec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
+#ifdef __AVX512F__
+  return (fvec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   ivec k = __builtin_convertvector(x == x ? n : fvec{}, ivec);
   ivec half = k >> 1;
   fvec a = (fvec)((half + 127) << 23), b = (fvec)((k - half + 127) << 23);
   return p * a * b;
+#endif
 }
 PF_INLINE fvec sigmoid(fvec x) { return 1.f / (1.f + exp(-x)); }
 
