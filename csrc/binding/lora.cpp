@@ -1,5 +1,5 @@
 // lora_linears: the frozen products by torch's GEMM, everything of low rank by csrc/cpu/lora.cpp.
-//   forward    H = dropout(x) A^T for all projections side by side, y = x W^T, then y += s H B^T + bias in one pass
+//   forward    H = dropout(x) A^T for all projections side by side, y = s H B^T + bias, to which the GEMM adds x W^T
 //   backward   dH = dy (s B), dx = sum dy W + dropout'(dH A), dA = dH^T dropout(x), dB = s dy^T H
 // lora_mlp: the same twice, with an activation between, whose result is computed again in the backward.
 #include "cpu/lora.h"
@@ -129,8 +129,8 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
   Tensors results;
   for (const Projection& p : projections.each) {
     Tensor y = torch::stable::new_empty(x, {rows, p.n});
-    matmul_out(y, x, transposed(p.weight));
-    if (p.r || p.bias) {
+    const bool update = p.r || p.bias;
+    if (update) {
       Panel b(x, p.r + 1, p.n);  // s B^T, and the bias as its last row
       if (p.r) lora_pack(p.B(true), float(p.scaling), b.data, b.ld);
       float* bias_row = b.data + p.r * b.ld;
@@ -138,8 +138,9 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
         lora_pack({dtype_of(*p.bias), p.bias->mutable_data_ptr(), 1, p.n, 0, p.bias->stride(0)}, 1.f, bias_row, b.ld);
       }
       lora_up(dtype_of(y), y.mutable_data_ptr(), rows, p.n, {0, 0}, h_data + p.offset, rank, p.r, b.data,
-              p.bias ? bias_row : nullptr);
+              p.bias ? bias_row : nullptr, false);
     }
+    matmul_out(y, x, transposed(p.weight), update);
     results.push_back(y);
   }
   return {results, h};
@@ -194,19 +195,23 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
   Tensors results;
   if (wanted[0]) {
     Tensor dx = torch::stable::new_empty(like, {rows, k});
-    for (size_t i = 0; i < projections.each.size(); ++i) {
-      matmul_out(dx, dy[i], projections.each[i].weight, i > 0);
-    }
+    bool written = false;
     if (rank) {
       Panel a(like, rank, k);
       for (const Projection& p : projections.each)
         if (p.r) lora_pack(p.A(), 1.f, a.data + p.offset * a.ld, a.ld);
       const auto up = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
-        lora_up(t, dx.mutable_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, a.data + offset * a.ld, nullptr);
+        lora_up(t, dx.mutable_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, a.data + offset * a.ld, nullptr,
+                written);
+        written = true;
       };
       if (!projections.dropout()) up({0, 0}, 0, rank);
       for (const Projection& p : projections.each)
         if (p.r && p.dropout.p > 0) up(p.dropout, p.offset, p.r);
+    }
+    for (size_t i = 0; i < projections.each.size(); ++i) {
+      matmul_out(dx, dy[i], projections.each[i].weight, written);
+      written = true;
     }
     results.push_back(dx);
   }

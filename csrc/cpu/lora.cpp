@@ -1,5 +1,7 @@
-// Register tiles of fp32 accumulators; 16-bit inputs are widened, and dropped out, into a small scratch tile once and
-// then used for all r columns. Sums are cut into blocks, which bounds their rounding error.
+// Two forms of each product. Vectors: register tiles of fp32 accumulators; 16-bit inputs are widened, and dropped out,
+// into a small scratch tile once and then used for all r columns. Sums are cut into blocks, which bounds their rounding
+// error. AMX, for bf16 without dropout: the thin operand is rounded to bf16 too and packed once per call, the tall one
+// goes through tiles as it lies in memory.
 #include "cpu/lora.h"
 
 #include <algorithm>
@@ -7,6 +9,7 @@
 #include <vector>
 
 #include "common/philox.h"
+#include "cpu/amx.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
@@ -74,7 +77,7 @@ constexpr int64_t kUpRows = 64, kUpColumns = 512;  // b's block (32 KB at r = 16
 
 template <int MR, int NV, class T>
 PF_INLINE void up_tile(T* y, int64_t n, int lanes, const Dropout* dropout, uint64_t index, const float* h, int64_t ldh,
-                       int64_t r, const float* b, int64_t ldb, const float* bias) {
+                       int64_t r, const float* b, int64_t ldb, const float* bias, bool accumulate) {
   fvec acc[MR][NV] = {};
   for (int64_t j = 0; j < r; ++j) {
     fvec panel[NV];
@@ -93,19 +96,20 @@ PF_INLINE void up_tile(T* y, int64_t n, int lanes, const Dropout* dropout, uint6
       }
       if (bias) term += load(bias + v * VL);
       T* p = y + m * n + v * VL;
-      store_any(p, load_any(p, lanes) + term, lanes);
+      if (accumulate) term += load_any(p, lanes);
+      store_any(p, term, lanes);
     }
 }
 
 template <int MR, class T>
 PF_INLINE void up_rows(T* y, int64_t row, int64_t n, int64_t begin, int64_t end, const Dropout* dropout, const float* h,
-                       int64_t ldh, int64_t r, const float* b, const float* bias) {
+                       int64_t ldh, int64_t r, const float* b, const float* bias, bool accumulate) {
   constexpr int NV = 4;
   const int64_t ldb = padded(n);
   int64_t c = begin;
   const auto tile = [&](auto vectors, int lanes) {
     up_tile<MR, vectors.value>(y + row * n + c, n, lanes, dropout, uint64_t(row * n + c), h + row * ldh, ldh, r, b + c,
-                               ldb, bias ? bias + c : nullptr);
+                               ldb, bias ? bias + c : nullptr, accumulate);
   };
   for (; c + NV * VL <= end; c += NV * VL) tile(std::integral_constant<int, NV>(), VL);
   for (; c < end; c += VL) tile(std::integral_constant<int, 1>(), int(std::min<int64_t>(VL, end - c)));
@@ -113,7 +117,7 @@ PF_INLINE void up_rows(T* y, int64_t row, int64_t n, int64_t begin, int64_t end,
 
 template <class T>
 void up(T* y, int64_t rows, int64_t n, const Dropout* dropout, const float* h, int64_t ldh, int64_t r, const float* b,
-        const float* bias) {
+        const float* bias, bool accumulate) {
   constexpr int MR = ACC / 4;
   const int64_t across = (n + kUpColumns - 1) / kUpColumns, along = (rows + kUpRows - 1) / kUpRows;
   parallel_for(across * along, 1, [&](int64_t first, int64_t last) {
@@ -121,8 +125,8 @@ void up(T* y, int64_t rows, int64_t n, const Dropout* dropout, const float* h, i
       const int64_t begin = task % across * kUpColumns, end = std::min(n, begin + kUpColumns);
       int64_t i = task / across * kUpRows;
       const int64_t stop = std::min(rows, i + kUpRows);
-      for (; i + MR <= stop; i += MR) up_rows<MR>(y, i, n, begin, end, dropout, h, ldh, r, b, bias);
-      for (; i < stop; ++i) up_rows<1>(y, i, n, begin, end, dropout, h, ldh, r, b, bias);
+      for (; i + MR <= stop; i += MR) up_rows<MR>(y, i, n, begin, end, dropout, h, ldh, r, b, bias, accumulate);
+      for (; i < stop; ++i) up_rows<1>(y, i, n, begin, end, dropout, h, ldh, r, b, bias, accumulate);
     }
   });
 }
@@ -184,6 +188,213 @@ void outer(const T* x, int64_t rows, int64_t m, const Dropout* dropout, const fl
   });
 }
 
+#ifdef __AVX512F__
+// ---- the same with AMX
+
+bool use_amx(DType t, DropoutArgs dropout) { return t == DType::bf16 && dropout.p == 0 && current_isa() == Isa::amx; }
+
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// The first `lanes` of 16 floats and zeros; `lanes` may be negative or larger.
+PF_INLINE fvec load_first(const float* p, int64_t lanes) {
+  return lanes <= 0 ? fvec{} : load_any(p, int(std::min<int64_t>(lanes, VL)));
+}
+
+// The thin operand (depth, columns) as B tiles, [32 rows][16 columns], zero beyond its edges; `across` tiles per 32
+// rows.
+std::vector<bf16> pack_panel(const float* panel, int64_t ld, int64_t depth, int64_t columns, int64_t across) {
+  std::vector<bf16> tiles(blocks(depth, kTileDepth) * across * kTileSize);
+  parallel_for(blocks(depth, kTileDepth), 8, [&](int64_t first, int64_t last) {
+    for (int64_t d = first; d < last; ++d) {
+      for (int64_t t = 0; t < across; ++t) {
+        for (int64_t i = 0; i < kTileDepth; i += 2) {
+          const int64_t row = d * kTileDepth + i, lanes = columns - t * kTile;
+          const float* p = panel + row * ld + t * kTile;
+          pack_pairs(row < depth ? load_first(p, lanes) : fvec{}, row + 1 < depth ? load_first(p + ld, lanes) : fvec{},
+                     &tiles[(d * across + t) * kTileSize + i * kTile]);
+        }
+      }
+    }
+  });
+  return tiles;
+}
+
+// MR x 16 rows of x from `row` on times NR x 16 columns of the panel, whose tiles start at `tiles`
+template <int MR, int NR>
+void amx_down_block(const bf16* x, int64_t row, int64_t end, int64_t k, const bf16* tiles, int64_t across, int64_t r,
+                    float* h, int64_t ldh) {
+  alignas(64) bf16 edge[kTileSize];
+  alignas(64) float result[kTileResult];
+  unrolled<MR * NR>([](auto c) { Tiles::zero<c>(); });
+  for (int64_t d = 0; d < k; d += kTileDepth) {
+    unrolled<NR>([&](auto n) { Tiles::load<4 + n>(tiles + (d / kTileDepth * across + n) * kTileSize); });
+    unrolled<MR>([&](auto m) {
+      const bf16* p = x + (row + m * kTile) * k + d;
+      const int64_t count = std::min<int64_t>(kTile, end - row - m * kTile),
+                    depth = std::min<int64_t>(kTileDepth, k - d);
+      if (count <= 0) return;
+      if (count == kTile && depth == kTileDepth) {
+        Tiles::load<6 + m % 2>(p, k * sizeof(bf16));
+      } else {
+        std::memset(edge, 0, sizeof edge);
+        for (int64_t i = 0; i < count; ++i) std::memcpy(edge + i * kTileDepth, p + i * k, depth * sizeof(bf16));
+        Tiles::load<6 + m % 2>(edge);
+      }
+      unrolled<NR>([&](auto n) { Tiles::multiply<m * NR + n, 6 + m % 2, 4 + n>(); });
+    });
+  }
+  unrolled<MR * NR>([&](auto c) {
+    const int64_t first = row + c / NR * kTile, column = c % NR * kTile;
+    Tiles::store<c>(result);
+    for (int64_t i = 0; i < kTile && first + i < end && column < r; ++i) {
+      std::copy_n(result + i * kTile, std::min<int64_t>(kTile, r - column), h + (first + i) * ldh + column);
+    }
+  });
+}
+
+void amx_down(const bf16* x, int64_t rows, int64_t k, const float* a, int64_t lda, int64_t r, float* h, int64_t ldh) {
+  const int64_t across = r <= kTile ? 1 : blocks(r, 2 * kTile) * 2;
+  const std::vector<bf16> tiles = pack_panel(a, lda, k, r, across);
+  parallel_for(rows, 4 * kTile, [&](int64_t first, int64_t last) {
+    Tiles scope;
+    if (across == 1) {
+      for (int64_t i = first; i < last; i += 4 * kTile) amx_down_block<4, 1>(x, i, last, k, tiles.data(), 1, r, h, ldh);
+      return;
+    }
+    for (int64_t i = first; i < last; i += 2 * kTile) {
+      for (int64_t t = 0; t < across; t += 2) {
+        const int64_t column = t * kTile;
+        amx_down_block<2, 2>(x, i, last, k, tiles.data() + t * kTileSize, across, r - column, h + column, ldh);
+      }
+    }
+  });
+}
+
+void amx_up(bf16* y, int64_t rows, int64_t n, const float* h, int64_t ldh, int64_t r, const float* b, const float* bias,
+            bool accumulate) {
+  const int64_t ldb = padded(n), across = blocks(n, 2 * kTile) * 2, deep = blocks(r, kTileDepth);
+  const std::vector<bf16> tiles = pack_panel(b, ldb, r, n, across);
+  const int64_t wide = blocks(n, kUpColumns), tall = blocks(rows, kUpRows);
+  parallel_for(wide * tall, 1, [&](int64_t first, int64_t last) {
+    Tiles scope;
+    std::vector<bf16> left(kUpRows / kTile * deep * kTileSize);  // h's rows as A tiles, [16 rows][32 columns]
+    alignas(64) float result[4][kTileResult];                    // 2 x 2 tiles
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task / wide * kUpRows, count = std::min(kUpRows, rows - row);
+      if (task == first || task % wide == 0) {
+        for (int64_t i = 0; i < kUpRows; ++i) {
+          for (int64_t d = 0; d < deep; ++d) {
+            const float* p = h + (row + i) * ldh + d * kTileDepth;
+            const int64_t lanes = i < count ? r - d * kTileDepth : 0;
+            bf16* out = &left[(i / kTile * deep + d) * kTileSize + i % kTile * kTileDepth];
+            _mm512_storeu_si512(out, pack_bf16(load_first(p, lanes), load_first(p + VL, lanes - VL)));
+          }
+        }
+      }
+      const int64_t begin = task % wide * kUpColumns, end = std::min(n, begin + kUpColumns);
+      for (int64_t i = 0; i < count; i += 2 * kTile) {
+        for (int64_t c = begin; c < end; c += 2 * kTile) {
+          const int lanes = int(std::min<int64_t>(2 * kTile, end - c));
+          const __mmask32 mask = lanes == 32 ? ~0u : (1u << lanes) - 1;
+          const fvec bias0 = bias ? load(bias + c) : fvec{};
+          const fvec bias1 = bias && lanes > VL ? load(bias + c + VL) : fvec{};
+          unrolled<4>([](auto t) { Tiles::zero<t>(); });
+          for (int64_t d = 0; d < deep; ++d) {
+            Tiles::load<4>(&left[(i / kTile * deep + d) * kTileSize]);
+            Tiles::load<5>(&left[((i / kTile + 1) * deep + d) * kTileSize]);
+            const bf16* right = &tiles[(d * across + c / kTile) * kTileSize];
+            Tiles::load<6>(right);
+            Tiles::load<7>(right + kTileSize);
+            unrolled<4>([](auto t) { Tiles::multiply<t, 4 + t / 2, 6 + t % 2>(); });
+          }
+          unrolled<4>([&](auto t) { Tiles::store<t>(result[t]); });
+          for (int64_t m = 0; m < 2 * kTile && i + m < count; ++m) {
+            const float* p = result[m / kTile * 2] + m % kTile * kTile;
+            bf16* out = y + (row + i + m) * n + c;
+            fvec low = load(p) + bias0, high = load(p + kTileResult) + bias1;
+            if (accumulate) {
+              const __m512i old = _mm512_maskz_loadu_epi16(mask, out);
+              low += (fvec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(old)), 16);
+              high += (fvec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(old, 1)), 16);
+            }
+            _mm512_mask_storeu_epi16(out, mask, pack_bf16(low, high));
+          }
+        }
+      }
+    }
+  });
+}
+
+void amx_outer(const bf16* x, int64_t rows, int64_t m, const float* h, int64_t ldh, int64_t r, float* g,
+               float* column_sum) {
+  constexpr int64_t kRows = 4 * kTileDepth, kColumns = 4 * kTile;  // of x per step: 16 KB of B tiles
+  const int64_t ldg = padded(m), total = r + (column_sum ? 1 : 0), deep = blocks(rows, kTileDepth);
+  const int64_t tall = blocks(total, kTile);
+  // h^T as A tiles, and a row of ones for the sums
+  std::vector<bf16> left(deep * tall * kTileSize);
+  parallel_for(deep, 4, [&](int64_t first, int64_t last) {
+    for (int64_t i = first * kTileDepth; i < std::min(rows, last * kTileDepth); ++i) {
+      for (int64_t j = 0; j < total; ++j) {
+        left[(i / kTileDepth * tall + j / kTile) * kTileSize + j % kTile * kTileDepth + i % kTileDepth] =
+            from_float<bf16>(j < r ? h[i * ldh + j] : 1.f);
+      }
+    }
+  });
+  const int64_t strip = std::clamp<int64_t>(blocks(m / 16, kColumns), 1, 8) * kColumns;
+  parallel_for(blocks(m, strip), 1, [&](int64_t first, int64_t last) {
+    Tiles scope;
+    std::vector<float> sums(tall * (strip / kTile) * kTileResult);
+    alignas(64) bf16 right[kRows * kColumns];  // [32 rows][16 columns] tiles
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = task * strip, end = std::min(m, begin + strip);
+      std::fill(sums.begin(), sums.end(), 0.f);
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const int64_t steps = std::min(kRows / kTileDepth, deep - i / kTileDepth);
+        for (int64_t c = begin; c < end; c += kColumns) {
+          // rows lie far apart, which hides them from the hardware's prefetcher: ask for the next step's
+          const bf16* next = c + kColumns < end ? x + i * m + c + kColumns : x + (i + kRows) * m + begin;
+          for (int64_t pair = 0; pair < steps * kTileDepth; pair += 2) {
+            const bf16* p = x + (i + pair) * m + c;
+            for (const bf16* ahead : {next + pair * m, next + (pair + 1) * m}) {
+              _mm_prefetch(ahead, _MM_HINT_T0);
+              _mm_prefetch(ahead + kTileDepth, _MM_HINT_T0);
+            }
+            bf16* out = right + pair / kTileDepth * 4 * kTileSize + pair % kTileDepth * kTile;
+            for (int half = 0; half < 2; ++half) {
+              const int64_t lanes = std::clamp<int64_t>(end - c - half * 32, 0, 32);
+              const __mmask32 mask = lanes == 32 ? ~0u : (1u << lanes) - 1;
+              const __m512i even = _mm512_maskz_loadu_epi16(i + pair < rows ? mask : 0, p + half * 32);
+              const __m512i odd = _mm512_maskz_loadu_epi16(i + pair + 1 < rows ? mask : 0, p + m + half * 32);
+              interleave(even, odd, out + half * 2 * kTileSize, out + (half * 2 + 1) * kTileSize);
+            }
+          }
+          for (int64_t t = 0; t < tall; ++t) {
+            float* sum = &sums[(t * (strip / kTile) + (c - begin) / kTile) * kTileResult];
+            unrolled<4>([&](auto v) { Tiles::load<v>(sum + v * kTileResult); });
+            for (int64_t d = 0; d < steps; ++d) {
+              Tiles::load<4>(&left[((i / kTileDepth + d) * tall + t) * kTileSize]);
+              unrolled<4>([&](auto v) {
+                Tiles::load<5 + v % 3>(right + (d * 4 + v) * kTileSize);
+                Tiles::multiply<v, 4, 5 + v % 3>();
+              });
+            }
+            unrolled<4>([&](auto v) { Tiles::store<v>(sum + v * kTileResult); });
+          }
+        }
+      }
+      for (int64_t j = 0; j < total; ++j) {
+        float* out = j < r ? g + j * ldg : column_sum;
+        for (int64_t c = begin; c < end; c += kTile) {
+          const float* sum =
+              &sums[(j / kTile * (strip / kTile) + (c - begin) / kTile) * kTileResult + j % kTile * kTile];
+          std::copy_n(sum, std::min<int64_t>(kTile, end - c), out + c);
+        }
+      }
+    }
+  });
+}
+#endif
+
 constexpr int64_t kGrain = 4096;  // elements of a panel per task
 
 }  // namespace
@@ -215,6 +426,9 @@ void lora_unpack(const float* panel, int64_t ld, float scale, Matrix target) {
 
 void lora_down(DType t, const void* x, int64_t rows, int64_t k, DropoutArgs args, const float* a, int64_t lda,
                int64_t r, float* h, int64_t ldh) {
+#ifdef __AVX512F__
+  if (use_amx(t, args)) return amx_down((const bf16*)x, rows, k, a, lda, r, h, ldh);
+#endif
   const Dropout mask(args.p, args.seed), *dropout = args.p > 0 ? &mask : nullptr;
   PYFAST_DISPATCH(t, T, {
     parallel_for(rows, ACC, [&](int64_t first, int64_t last) {
@@ -225,13 +439,19 @@ void lora_down(DType t, const void* x, int64_t rows, int64_t k, DropoutArgs args
 }
 
 void lora_up(DType t, void* y, int64_t rows, int64_t n, DropoutArgs args, const float* h, int64_t ldh, int64_t r,
-             const float* b, const float* bias) {
+             const float* b, const float* bias, bool accumulate) {
+#ifdef __AVX512F__
+  if (use_amx(t, args)) return amx_up((bf16*)y, rows, n, h, ldh, r, b, bias, accumulate);
+#endif
   const Dropout mask(args.p, args.seed), *dropout = args.p > 0 ? &mask : nullptr;
-  PYFAST_DISPATCH(t, T, up((T*)y, rows, n, dropout, h, ldh, r, b, bias))
+  PYFAST_DISPATCH(t, T, up((T*)y, rows, n, dropout, h, ldh, r, b, bias, accumulate))
 }
 
 void lora_outer(DType t, const void* x, int64_t rows, int64_t m, DropoutArgs args, const float* h, int64_t ldh,
                 int64_t r, float* g, float* column_sum) {
+#ifdef __AVX512F__
+  if (use_amx(t, args)) return amx_outer((const bf16*)x, rows, m, h, ldh, r, g, column_sum);
+#endif
   const Dropout mask(args.p, args.seed), *dropout = args.p > 0 ? &mask : nullptr;
   PYFAST_DISPATCH(t, T, outer((const T*)x, rows, m, dropout, h, ldh, r, g, column_sum))
 }

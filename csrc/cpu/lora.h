@@ -38,15 +38,16 @@ PYFAST_KERNEL(void, lora_down,
                int64_t r, float* h, int64_t ldh),
               (t, x, rows, k, dropout, a, lda, r, h, ldh))
 
-// y[i, c] += dropout_factor[i, c] sum_j h[i, j] b[j, c] + bias[c]; y is (rows, n), b (r, padded(n)), bias padded(n) or
-// null. Rounds once.
+// y[i, c] = dropout_factor[i, c] sum_j h[i, j] b[j, c] + bias[c], or += with accumulate; y is (rows, n), b
+// (r, padded(n)), bias padded(n) or null. Rounds once.
 PYFAST_KERNEL(void, lora_up,
               (DType t, void* y, int64_t rows, int64_t n, DropoutArgs dropout, const float* h, int64_t ldh, int64_t r,
-               const float* b, const float* bias),
-              (t, y, rows, n, dropout, h, ldh, r, b, bias))
+               const float* b, const float* bias, bool accumulate),
+              (t, y, rows, n, dropout, h, ldh, r, b, bias, accumulate))
 
 // g[j, c] = sum_i h[i, j] dropout(x)[i, c], and column_sum[c] = sum_i x[i, c] unless null; x is (rows, m), g
-// (r, padded(m)), column_sum padded(m)
+// (r, padded(m)), column_sum padded(m). Sums of
+// columns are for x without dropout.
 PYFAST_KERNEL(void, lora_outer,
               (DType t, const void* x, int64_t rows, int64_t m, DropoutArgs dropout, const float* h, int64_t ldh,
                int64_t r, float* g, float* column_sum),

@@ -1,0 +1,90 @@
+// AMX tiles for bf16: C (16 x 16 fp32) += A (16 x 32) B (32 x 16), B as 16 rows of 16 pairs (b[2p, c], b[2p + 1, c]).
+// All eight tiles are configured as 16 rows of 64 bytes. Written as assembly, so that one AVX-512 object holds the AMX
+// path too; it runs only where current_isa() is Isa::amx (such CPUs have AVX512-BF16 as well). A thread opens a Tiles
+// object around its use.
+#pragma once
+#include <utility>
+
+#include "cpu/vec.h"
+
+#ifdef __AVX512F__
+namespace pyfast::PYFAST_ISA {
+namespace {
+
+constexpr int kTile = 16;         // rows of A and C, columns of B and C
+constexpr int kTileDepth = 32;    // columns of A
+constexpr int kTileSize = 512;    // bf16 elements of an A or B tile
+constexpr int kTileResult = 256;  // floats of a C tile
+
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
+  Tiles(const Tiles&) = delete;
+
+  template <int T>
+  static PF_INLINE void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
+  }
+  template <int T>
+  static PF_INLINE void load(const void* p, int64_t row_bytes = 64) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
+  }
+  template <int T>
+  static PF_INLINE void store(void* p, int64_t row_bytes = 64) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
+  }
+  template <int C, int A, int B>
+  static PF_INLINE void multiply() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+};
+
+// 32 floats as bf16: low first
+PF_INLINE __m512i pack_bf16(fvec low, fvec high) {
+  __m512i result;
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(result) : "v"(low), "v"(high));
+  return result;
+}
+
+// A row of 16 pairs (even[c], odd[c]) of a B tile.
+PF_INLINE void pack_pairs(fvec even, fvec odd, bf16* out) {
+  __m512i rows = pack_bf16(even, odd);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, rows));
+}
+
+// f(integral_constant 0), ..., f(N - 1): tile numbers are part of the instruction
+template <int N, class F>
+PF_INLINE void unrolled(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
+
+// Two rows of 32 elements become two rows of 16 pairs: for columns 0 .. 15 and 16 .. 31.
+PF_INLINE void interleave(__m512i even, __m512i odd, void* first, void* second) {
+  alignas(64) static constexpr auto kOrder = [] {
+    struct {
+      uint16_t low[32], high[32];
+    } order{};
+    for (int i = 0; i < 16; ++i) {
+      order.low[2 * i] = uint16_t(i), order.low[2 * i + 1] = uint16_t(32 + i);
+      order.high[2 * i] = uint16_t(16 + i), order.high[2 * i + 1] = uint16_t(48 + i);
+    }
+    return order;
+  }();
+  _mm512_storeu_si512(first, _mm512_permutex2var_epi16(even, _mm512_load_si512(kOrder.low), odd));
+  _mm512_storeu_si512(second, _mm512_permutex2var_epi16(even, _mm512_load_si512(kOrder.high), odd));
+}
+
+}  // namespace
+}  // namespace pyfast::PYFAST_ISA
+#endif
