@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/types.h"
 #include "cpu/rows.h"
 
@@ -83,7 +84,14 @@ inline RowsOf rows_of(const Tensor& t) {
   if (regular) return {t, rows, cols, stride};
   return {torch::stable::contiguous(t), rows, cols, cols};
 }
-inline Tensor new_contiguous(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+// For every result that may be large and is not written yet
+inline Tensor with_huge_pages(Tensor t) {
+  ask_huge_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
+  return t;
+}
+inline Tensor new_contiguous(const Tensor& like) {
+  return with_huge_pages(torch::stable::new_empty(like, like.sizes()));
+}
 inline MutableRows contiguous_rows(Tensor& t, const RowsOf& like) { return {t.mutable_data_ptr(), like.cols}; }
 
 // A parameter as contiguous fp32 values plus `offset`: norm weights and biases, which may be fp32 beside bf16 inputs.
