@@ -165,6 +165,7 @@ void finish_scores(const Problem& a, const Sequence& s, const Block& b, float* s
       store(scores + x, t * a.softcap);
       if (cap_slope) store(cap_slope + x, 1.f - t * t);
     }
+    if (cap_slope) std::fill(cap_slope + rows * ld, cap_slope + b.keys * ld, 0.f);  // padded keys: dS = 0 * this
   } else {
     for (int64_t x = 0; x < rows * ld; x += VL) store(scores + x, load(scores + x) * a.scale);
   }

@@ -501,6 +501,52 @@ def test_dropout_is_replayed_and_unbiased(checkpointing):
         torch.testing.assert_close(mean, projection.eval()(x), atol=0.05, rtol=0)
 
 
+def test_joined_projections_drop_their_input_once():
+    """Phi-3's gate and up are one LoRA layer, so that both see the same dropped input."""
+    model = add_lora(stock("phi3"), "phi3", lora_dropout=0.5)
+    pyfast.patch(model, strict=True)
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.activation_fn = nn.ReLU()
+    joined, down = mlp.gate_up_proj, mlp.down_proj
+    with torch.no_grad():
+        joined.base_layer.weight.zero_()
+        joined.lora_B["default"].weight[40:] = joined.lora_B["default"].weight[:40]
+        down.base_layer.weight.fill_(1)
+        down.lora_B["default"].weight.zero_()
+    y = mlp(torch.randn(64, 32))  # relu(g) * u, and g is u
+    assert y.max() > 0
+    assert y.min() >= 0
+
+
+@pytest.mark.parametrize(
+    ("case", "option"),
+    [
+        ("llama", "attention_dropout"),
+        ("phi3", "attention_dropout"),
+        ("phi3", "resid_pdrop"),
+        ("gpt2", "attn_pdrop"),
+        ("gpt2", "resid_pdrop"),
+        ("gpt2", "embd_pdrop"),
+        ("bert-token", "attention_probs_dropout_prob"),
+        ("bert-token", "hidden_dropout_prob"),
+    ],
+)
+def test_every_dropout_of_the_family_is_there(case, option):
+    """With a probability near 1 all is dropped, whatever the mask; without the dropout the loss is another."""
+    cls, config_cls, config = CASES[case]
+    torch.manual_seed(1)
+    config = getattr(transformers, config_cls)(**{**config, option: 1 - 1e-7})
+    model = getattr(transformers, cls)(config).train()
+    inputs = batch(case)
+    expected, gradients = step(model, **inputs)
+    assert not torch.isclose(expected, model.eval()(**inputs).loss, rtol=1e-4)
+    pyfast.patch(model.train(), strict=True)
+    got, gradients_got = step(model, **inputs)
+    torch.testing.assert_close(got, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_got[name], gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_attention_dropout_replays():
     config = {**CASES["bert-token"][2], "attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.2}
     model = transformers.BertForTokenClassification(transformers.BertConfig(**config)).train()

@@ -210,7 +210,7 @@ def assert_same_step(got, case: str, dtype: torch.dtype, adapter: str, kind: str
 
 
 def assert_steps_agree(got, truth, own, dtype: torch.dtype) -> None:
-    """The error rule for a whole model: `got` may err twice as much as `own`, the stock model, does against fp64.
+    """The error rule for a whole model: `got` may err thrice as much as `own`, the stock model, does against fp64.
 
     A model chains dozens of roundings, so that the error of one small tensor is luck: the stock model's worst relative
     error over all gradients, in norm and by element, stands for each. A gradient that is zero but for rounding (the
@@ -233,5 +233,5 @@ def assert_steps_agree(got, truth, own, dtype: torch.dtype) -> None:
                 continue
             assert gradient.dtype == own[name].dtype, f"{name}: {gradient.dtype}, stock {own[name].dtype}"
             error = measure(gradient.double() - ref[name])
-            allowed = 2 * max(worst * measure(ref[name]), 2 * errors[name])
+            allowed = 3 * max(worst * measure(ref[name]), 2 * errors[name])
             assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}, of {measure(ref[name]):.3e}"
