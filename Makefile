@@ -46,7 +46,7 @@ demo: build
 	$(RUN) examples/demo.py
 
 bench: build
-	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks --save benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyfast/*.so

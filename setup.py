@@ -98,7 +98,7 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["pyfast", "pyfast.*"]), "pyfast.kernels"],
+    packages=[*find_packages(include=["pyfast", "pyfast.*"]), "pyfast.kernels", "pyfast.benchmarks"],
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,6 +1,6 @@
-"""Every op's benchmark: a table, and JSON and Markdown under benchmarks/results/<machine>/.
+"""Times PyFast's kernels beside their peers on this machine, and prints a table.
 
-    python -m benchmarks [op ...] [--save]
+    python -m benchmarks [op ...] [--save benchmarks/results]        or: pyfast bench [op ...]
 
 An op is the name of a file bench_<op>.py. Results carry machine, versions and commit.
 """
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from benchmarks import harness, machine, roofline
+from . import harness, machine, roofline
 
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
@@ -34,10 +34,15 @@ COLUMNS = (
 )
 
 
-def results_folder() -> Path:
+def bench(name: str):
+    return importlib.import_module(f".bench_{name}", __package__)
+
+
+def machine_folder() -> str:
+    """A folder name for this machine's results."""
     found = machine.machine()
     name = re.sub(r"[^a-z0-9]+", "-", f"{found['cpu']} {found['cores']} cores {found['isa']}".lower()).strip("-")
-    return HERE / "results" / name
+    return name
 
 
 def run(names: list[str]) -> dict:
@@ -47,7 +52,7 @@ def run(names: list[str]) -> dict:
         limits = roofline.measure()
         rows = []
         for name in names:
-            cases = importlib.import_module(f"benchmarks.bench_{name}").cases()
+            cases = bench(name).cases()
             rows += harness.measure(cases, limits, lambda text: progress.update(task, description=text))
     return {"rows": rows, "roofline": limits, "machine": machine.machine(), "versions": machine.versions()}
 
@@ -69,11 +74,11 @@ def markdown(result: dict) -> str:
     return "\n".join(head + table) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="pyfast bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="op", help=f"of {', '.join(NAMES)}; all without any")
-    parser.add_argument("--save", action="store_true", help="write the results under benchmarks/results/")
-    options = parser.parse_args()
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write JSON and Markdown to FOLDER/<machine>/")
+    options = parser.parse_args(argv)
     for name in options.names:
         if name not in NAMES:
             parser.error(f"there is no benchmark {name!r}: choose from {', '.join(NAMES)}")
@@ -87,10 +92,10 @@ def main() -> None:
     console.print(table)
     print(json.dumps(result["roofline"]))
     if options.save:
-        folder = results_folder()
+        folder = options.save / machine_folder()
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            module_ops = {c.op for c in importlib.import_module(f"benchmarks.bench_{name}").cases()}
+            module_ops = {case.op for case in bench(name).cases()}
             part = result | {"rows": [row for row in result["rows"] if row["op"] in module_ops]}
             (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n")
             (folder / f"{name}.md").write_text(f"# {name}\n\n{markdown(part)}")

@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Case
 from pyfast import ops
+
+from .harness import Case
 
 SHAPES = ((64, 768), (2048, 2048), (4096, 8192))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

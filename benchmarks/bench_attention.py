@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.bench_activation import DTYPES
-from benchmarks.harness import Case
 from pyfast import ops
+
+from .bench_activation import DTYPES
+from .harness import Case
 
 #: (batch, heads, key/value heads, length, width, causal)
 SHAPES = (

@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.bench_activation import DTYPES
-from benchmarks.harness import Case
 from pyfast import ops
+
+from .bench_activation import DTYPES
+from .harness import Case
 
 SHAPES = ((32, 1000), (1024, 32000), (512, 128256))
 

@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.bench_activation import DTYPES
-from benchmarks.harness import Case
 from pyfast import ops
+
+from .bench_activation import DTYPES
+from .harness import Case
 
 #: (rows, hidden, vocabulary, share of rows ignored)
 SHAPES = ((64, 256, 1000, 0.0), (2048, 768, 32000, 0.0), (2048, 2048, 128256, 0.5))

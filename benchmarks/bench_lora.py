@@ -3,10 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.bench_activation import DTYPES
-from benchmarks.harness import Case
 from pyfast import ops
 from pyfast.ops import LoraWeights
+
+from .bench_activation import DTYPES
+from .harness import Case
 
 #: (rows, in, out, rank)
 SHAPES = ((64, 256, 256, 8), (2048, 768, 2048, 16), (2048, 2048, 5632, 16))

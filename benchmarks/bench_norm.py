@@ -5,9 +5,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.bench_activation import DTYPES
-from benchmarks.harness import Case
 from pyfast import ops
+
+from .bench_activation import DTYPES
+from .harness import Case
 
 SHAPES = ((64, 768), (2048, 768), (8192, 4096))
 

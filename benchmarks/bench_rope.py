@@ -3,9 +3,10 @@
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from benchmarks.bench_activation import DTYPES
-from benchmarks.harness import Case
 from pyfast import ops
+
+from .bench_activation import DTYPES
+from .harness import Case
 
 SHAPES = ((1, 12, 4, 64, 64), (4, 12, 4, 512, 64), (1, 32, 8, 8192, 128))
 

@@ -86,7 +86,7 @@ def worker(pipe, variant: str, options: argparse.Namespace) -> None:
     """Serves rounds: receives a number of steps, answers its seconds, losses, peak memory and what others took."""
     import torch
 
-    from benchmarks.machine import OthersLoad
+    from .machine import OthersLoad
 
     torch.set_num_threads(options.threads)
     model = step_model = build(options.config, options.dtype)
@@ -119,7 +119,7 @@ def worker(pipe, variant: str, options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    from benchmarks.machine import machine, versions
+    from .machine import machine, versions
 
     context = multiprocessing.get_context("spawn")
     pipes, processes, loaded = {}, [], {}

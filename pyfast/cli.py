@@ -1,4 +1,4 @@
-"""The `pyfast` command: finetune, predict, generate, doctor."""
+"""The `pyfast` command: finetune, predict, generate, bench, doctor."""
 
 import sys
 
@@ -51,6 +51,14 @@ def predict(context: typer.Context) -> None:
 def generate(context: typer.Context) -> None:
     """Continue prompts with a fine-tuned model."""
     run("GenerateArguments", "generate", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def bench(context: typer.Context) -> None:
+    """Time the kernels beside their peers on this machine (--help lists the ops)."""
+    from pyfast.benchmarks.__main__ import main
+
+    main(context.args)
 
 
 @app.command()
