@@ -12,7 +12,7 @@ import torch
 
 from pyfast.kernels.tiles import TILES
 
-_MODULES = ("activation",)
+_MODULES = ("activation", "cross_entropy", "norm", "rope")
 _launchers: dict = {}
 
 

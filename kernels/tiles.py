@@ -23,4 +23,35 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         "interpreter": [(None, {"ROWS": 16, "BLOCK": 64})],
         "default": [(None, {"ROWS": 32, "BLOCK": 64, "num_warps": 4})],  # guess
     },
+    # classes
+    "cross_entropy_kernel": {
+        "interpreter": [(None, {"BLOCK": 512})],
+        "default": [(4096, {"BLOCK": 1024, "num_warps": 4}), (None, {"BLOCK": 4096, "num_warps": 8})],  # guess
+    },
+    # columns; a program holds whole rows
+    "norm_kernel": {
+        "interpreter": [(None, {"ROWS": 16})],
+        "default": [  # guess
+            (256, {"ROWS": 8, "num_warps": 4}),
+            (1024, {"ROWS": 2, "num_warps": 4}),
+            (4096, {"ROWS": 1, "num_warps": 4}),
+            (16384, {"ROWS": 1, "num_warps": 8}),
+            (None, {"ROWS": 1, "num_warps": 16}),
+        ],
+    },
+    # PROGRAMS: at most so many per line of the weight, each summing over its rows
+    "norm_backward_kernel": {
+        "interpreter": [(None, {"ROWS": 16, "PROGRAMS": 3})],
+        "default": [  # guess
+            (256, {"ROWS": 8, "PROGRAMS": 512, "num_warps": 4}),
+            (1024, {"ROWS": 2, "PROGRAMS": 512, "num_warps": 4}),
+            (4096, {"ROWS": 1, "PROGRAMS": 512, "num_warps": 8}),
+            (None, {"ROWS": 1, "PROGRAMS": 512, "num_warps": 16}),
+        ],
+    },
+    # dim
+    "rope_kernel": {
+        "interpreter": [(None, {"ROWS": 32})],
+        "default": [(None, {"ROWS": 32, "num_warps": 4})],  # guess
+    },
 }

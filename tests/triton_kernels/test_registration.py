@@ -8,7 +8,9 @@ import pyfast
 from pyfast import dispatch
 from pyfast.ops import swiglu
 
-x, up, bias = torch.randn(5, 40)[:, :33], torch.randn(5, 33), torch.randn(33)
+x, up, bias, rstd = torch.randn(5, 40)[:, :33], torch.randn(5, 33), torch.randn(33), torch.rand(5)
+target = torch.tensor([3, 32, 2, 0, -100])
+heads, angles = torch.randn(2, 4, 7, 20), torch.randn(2, 7, 18)
 
 #: schema -> arguments of a few calls
 CALLS = {
@@ -16,6 +18,19 @@ CALLS = {
     "gated_backward": [(up, x, up, "gelu_tanh"), (up, up, up, "relu")],
     "activate": [(x, bias, "gelu")],
     "activate_backward": [(up, x, bias, "gelu", True), (up, x, bias, "gelu", False)],
+    "cross_entropy": [
+        (x, target, None, None, -100, 0.0, None),
+        (x, target, bias, torch.rand(5, 2, dtype=torch.float64), -100, 0.1, 2.0),
+    ],
+    "norm": [(x, None, None, None, 1e-5, 0.5, False), (x, bias, torch.randn(5, 33), up, 1e-5, 0.0, True)],
+    "norm_backward": [
+        (up, None, x, torch.empty(0), rstd, bias, None, 0.5, False, True, False),
+        (up, x, x, rstd, rstd, torch.randn(5, 33), bias, 0.0, True, True, True),
+    ],
+    "rope": [
+        (heads, angles, angles, False, False),
+        (heads.transpose(1, 2), angles[:1, :4], angles[:1, :4], True, True),
+    ],
 }
 
 

@@ -1,0 +1,1 @@
+from test_norm import *  # noqa: F403

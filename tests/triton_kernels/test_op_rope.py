@@ -1,0 +1,1 @@
+from test_rope import *  # noqa: F403
