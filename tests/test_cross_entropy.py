@@ -72,19 +72,22 @@ def test_largest_logit_moves(kernel, dtype):
 
 def test_infinite_and_nan(kernel, dtype):
     """-inf masks a class, as in torch; rows with a NaN or +inf are NaN and leave the others alone."""
-    logits = torch.randn(6, 1100)
+    logits = torch.randn(7, 1100)
     logits[1, 30:] = -torch.inf
     logits[2, :1050] = -torch.inf
     logits[3, 1070] = torch.nan
     logits[4, 5] = torch.inf
     logits[5] = -torch.inf
+    logits[6] -= 1000
+    logits[6, :1050] = -torch.inf
+    logits = logits[[0, 1, 2, 6, 3, 4, 5]]
     logits = logits.to(dtype).requires_grad_()
-    target = torch.tensor([3, 4, 1060, 5, 6, 7])
+    target = torch.tensor([3, 4, 1060, 1061, 5, 6, 7])
     (loss,), (gradient,), _ = run(cross_entropy, [logits, target], {"reduction": "none"}, *kernel)
     expected = F.cross_entropy(logits.double(), target, reduction="none")
     torch.testing.assert_close(loss, expected.float(), equal_nan=True)
-    assert loss[:3].isfinite().all() and loss[3:].isnan().all()
-    assert gradient[:3].isfinite().all() and gradient[1, 30:].eq(0).all()
+    assert loss[:4].isfinite().all() and loss[4:].isnan().all()
+    assert gradient[:4].isfinite().all() and gradient[1, 30:].eq(0).all() and gradient[3, :1050].eq(0).all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -9,6 +9,9 @@
 // lse - z is taken as log s - (z - m): logits with a large common offset lose nothing.
 #include "cpu/cross_entropy.h"
 
+#include <type_traits>
+#include <vector>
+
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
@@ -19,11 +22,13 @@ constexpr int64_t kTile = 1024;    // logits per step of the online softmax: a f
 constexpr int64_t kGrain = 16384;  // elements per task
 
 struct Plain {
+  static constexpr bool sloped = false;
   PF_INLINE fvec logit(fvec x) const { return x; }
   PF_INLINE fvec slope(fvec) const { return splat(1.f); }
 };
 
 struct Scaled {
+  static constexpr bool sloped = true;
   float scale, softcap;
   PF_INLINE fvec logit(fvec x) const {
     x *= scale;
@@ -58,34 +63,54 @@ struct Sum {
   }
 };
 
+// body(i, n) for n vectors or fewer lanes: four vectors at a time first, for the processor to overlap
+template <class F>
+PF_INLINE void for_vectors(int64_t count, F&& body) {
+  int64_t i = 0;
+  for (; i + 4 * VL <= count; i += 4 * VL) body(i, std::integral_constant<int, 4>{}, VL);
+  for (; i < count; i += VL) body(i, std::integral_constant<int, 1>{}, count - i < VL ? int(count - i) : VL);
+}
+
 template <class T, class Transform>
 struct Row {
   const T* x;
   int64_t classes;
   Transform transform;
+  float* exps;      // exp(z - the tile's maximum), for the gradient; null where none is wanted
+  float* tile_max;  // the largest logit up to and with each tile, which its exps are relative to
   float max = -INFINITY;
   double sum = 0.0;  // of exp(z - max)
 
   PF_INLINE fvec logit(int64_t c, int lanes) const { return transform.logit(load_any(x + c, lanes)); }
 
+  template <bool keep>
   void softmax() {
-    for (int64_t begin = 0; begin < classes; begin += kTile) {
+    for (int64_t begin = 0, tile = 0; begin < classes; begin += kTile, ++tile) {
       int64_t n = classes - begin < kTile ? classes - begin : kTile;
-      fvec top = splat(-INFINITY);
-      for_lanes(n, [&](int64_t i, int lanes) {
-        top = PYFAST_ISA::max(first(logit(begin + i, lanes), lanes, -INFINITY), top);
+      fvec top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+      for_vectors(n, [&](int64_t i, auto vectors, int lanes) {
+        for (int k = 0; k < vectors; ++k)
+          top[k] = PYFAST_ISA::max(first(logit(begin + i + k * VL, lanes), lanes, -INFINITY), top[k]);
       });
-      float tile_max = hmax(top);
-      if (tile_max > max) {
-        sum *= std::exp(double(max) - tile_max);
-        max = tile_max;
+      float largest = hmax(PYFAST_ISA::max(PYFAST_ISA::max(top[0], top[1]), PYFAST_ISA::max(top[2], top[3])));
+      if (largest > max) {
+        sum *= std::exp(double(max) - largest);
+        max = largest;
       }
       float shift = max == -INFINITY ? 0.f : max;  // every logit so far is -inf, or a NaN, which must stay one
-      Sum tile;
-      for_lanes(n, [&](int64_t i, int lanes) {
-        tile.add(PYFAST_ISA::exp(first(logit(begin + i, lanes), lanes, -INFINITY) - shift));
+      if constexpr (keep) tile_max[tile] = max;
+      Sum terms;
+      for_vectors(n, [&](int64_t i, auto vectors, int lanes) {
+        fvec e[vectors];
+        for (int k = 0; k < vectors; ++k) {
+          int64_t c = begin + i + k * VL;
+          _mm_prefetch((const char*)(x + c + kTile), _MM_HINT_T0);  // the next tile comes while this one is computed
+          e[k] = PYFAST_ISA::exp(first(logit(c, lanes), lanes, -INFINITY) - shift);
+          if constexpr (keep) store(exps + c, e[k]);
+        }
+        terms.add(vectors == 4 ? (e[0] + e[1]) + (e[vectors / 2] + e[vectors - 1]) : e[0]);
       });
-      sum += tile.total();
+      sum += terms.total();
     }
   }
 
@@ -101,16 +126,27 @@ struct Row {
 
   // dx = (p · softmax_gradient - w · smoothing_gradient) · slope; x may be dx
   void gradient(T* dx, double softmax_gradient, const float* weight, float smoothing_gradient) const {
-    fvec factor = splat(float(softmax_gradient / sum));
-    for_lanes(classes, [&](int64_t c, int lanes) {
-      fvec z = logit(c, lanes);
-      fvec d = PYFAST_ISA::exp(z - max) * factor;
-      if (smoothing_gradient != 0.f)
-        d -= weight ? smoothing_gradient * load_any(weight + c, lanes) : splat(smoothing_gradient);
-      store_any(dx + c, d * transform.slope(z), lanes);
-    });
+    for (int64_t begin = 0, tile = 0; begin < classes; begin += kTile, ++tile) {
+      int64_t n = classes - begin < kTile ? classes - begin : kTile;
+      fvec factor = splat(float(std::exp(double(tile_max[tile]) - max) * softmax_gradient / sum));
+      for_lanes(n, [&](int64_t i, int lanes) {
+        int64_t c = begin + i;
+        fvec d = load(exps + c) * factor;
+        if (smoothing_gradient != 0.f)
+          d -= weight ? smoothing_gradient * load_any(weight + c, lanes) : splat(smoothing_gradient);
+        if constexpr (Transform::sloped) d *= transform.slope(logit(c, lanes));
+        store_any(dx + c, d, lanes);
+      });
+    }
   }
 };
+
+// A thread's own memory for the exponentials of a row, kept between calls.
+float* scratch(int64_t size) {
+  static thread_local std::vector<float> buffer;
+  if (int64_t(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
 
 template <class T, class Transform>
 void run(const LossRows& r, Transform transform, const T* input, int64_t stride, T* dinput, int64_t dstride) {
@@ -120,11 +156,13 @@ void run(const LossRows& r, Transform transform, const T* input, int64_t stride,
     for (int64_t c = 0; c < r.classes; ++c) weight_sum += r.weight[c];
   }
   double smooth = r.label_smoothing / double(r.classes);
+  int64_t tiles = (r.classes + kTile - 1) / kTile;
   parallel_for(r.rows, kGrain / r.classes, [&](int64_t begin, int64_t end) {
+    float* exps = r.upstream ? scratch(tiles * kTile + tiles) : nullptr;
     for (int64_t i = begin; i < end; ++i) {
       int64_t at = r.index[i], place = r.gathered ? i : at, y = r.target[at];
-      Row<T, Transform> row{input + place * stride, r.classes, transform};
-      row.softmax();
+      Row<T, Transform> row{input + place * stride, r.classes, transform, exps, exps + tiles * kTile};
+      r.upstream ? row.template softmax<true>() : row.template softmax<false>();
       fvec target_logit = row.logit(y, 1);
       double log_sum = std::log(row.sum), lse = row.max + log_sum, target_shifted = double(target_logit[0]) - row.max;
       double target_weight = r.weight ? r.weight[y] : 1.0, hard = (1.0 - r.label_smoothing) * target_weight;
