@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from harness import check, run
@@ -155,6 +157,9 @@ def test_quantized(kernel, dtype, format):
     error = (pyfast.quantized.dequantize(weight, torch.float32) - w).abs().max()
     assert error <= bound * w.abs().max()
     x, p = drawn(10, 192, dtype=dtype), projection(140, 192, dtype, bias=True)
+    identity = torch.eye(192, dtype=dtype)
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        assert torch.equal(lora_linear(identity, weight), pyfast.quantized.dequantize(weight, dtype).T)
     check(linear, [x, p._replace(weight=weight)], backend=kernel[0], arch=kernel[1])
 
 
@@ -164,6 +169,28 @@ def test_nf4_layout():
     weight = QuantizedWeight("nf4", data, torch.tensor([2.0, 10.0]), (2, 2), blocksize=2)
     expected = torch.tensor([[-2.0, 2.0], [0.0, -10.0]])
     assert torch.equal(pyfast.quantized.dequantize(weight, torch.float32), expected)
+
+
+def test_from_bitsandbytes():
+    """The attributes that bitsandbytes' parameters carry; nested statistics are themselves quantised in blocks."""
+    own = QuantizedWeight.quantize(torch.randn(8, 64), "nf4")
+    state = SimpleNamespace(quant_type="nf4", shape=torch.Size([8, 64]), blocksize=64, nested=False, absmax=own.scale)
+    parameter = torch.nn.Parameter(own.data, requires_grad=False)
+    parameter.quant_state = state
+    taken = QuantizedWeight.from_bitsandbytes(parameter)
+    assert torch.equal(*(pyfast.quantized.dequantize(w, torch.float32) for w in (own, taken)))
+    state.nested, state.absmax, state.offset = True, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1], dtype=torch.uint8), 10.0
+    state.state2 = SimpleNamespace(
+        code=torch.tensor([1.0, 2.0, 3.0]), absmax=torch.tensor([1.0, -1.0, 0.5]), blocksize=3
+    )
+    scale = QuantizedWeight.from_bitsandbytes(parameter).scale
+    assert scale.tolist() == [11.0, 12.0, 13.0, 9.0, 8.0, 7.0, 10.5, 11.0]
+    parameter = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.int8), requires_grad=False)
+    parameter.SCB = torch.tensor([127.0, 254.0])
+    weight = pyfast.quantized.dequantize(QuantizedWeight.from_bitsandbytes(parameter), torch.float32)
+    assert weight.tolist() == [[1.0] * 3, [2.0] * 3]
+    with pytest.raises(TypeError, match="expected a quantised bitsandbytes weight"):
+        QuantizedWeight.from_bitsandbytes(torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -278,6 +305,10 @@ def test_opcheck():
     wanted = [True, False, True, True, True, True, False, False, False]
     dy, h = [torch.randn(5, 7)] * 2, torch.randn(5, 3)
     torch.library.opcheck(torch.ops.pyfast_cpu.lora_linears_backward.default, (dy, x, h, *arguments, wanted))
+    codes, levels = torch.randint(256, (6, 8), dtype=torch.uint8), [float(i) for i in range(256)]
+    torch.library.opcheck(
+        torch.ops.pyfast_cpu.dequantize.default, (codes, torch.ones(6), levels, 6, 8, 1, 8, torch.bfloat16)
+    )
     down = projection(9, 7, torch.float32, rank=2)
     lists = [[*values, t.detach()] for values, t in zip((weight, A, B), down, strict=False)]
     arguments = *lists, [2.0, 1.0, 1.0], [torch.randn(7), None, None], 0.5, [torch.tensor(1)] * 3, "silu"

@@ -270,6 +270,26 @@ void amx_down(const bf16* x, int64_t rows, int64_t k, const float* a, int64_t ld
   });
 }
 
+// 2 x 2 result tiles plus bias, rounded and stored (or added) to `height` rows of out under a mask of 32 columns
+template <bool Accumulate>
+PF_INLINE void add_tiles(const float* result, int64_t height, fvec bias0, fvec bias1, __mmask32 mask, bf16* out,
+                         int64_t stride) {
+  for (int64_t m = 0; m < height; ++m, out += stride) {
+    const float* p = result + (m & 16) * 2 * kTile + (m & 15) * kTile;
+    fvec low = load(p) + bias0, high = load(p + kTileResult) + bias1;
+    if constexpr (Accumulate) {
+      const __m512i old = _mm512_maskz_loadu_epi16(mask, out);
+      low += (fvec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(old)), 16);
+      high += (fvec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(old, 1)), 16);
+    }
+    if (mask == ~0u) {
+      _mm512_storeu_si512(out, pack_bf16(low, high));
+    } else {
+      _mm512_mask_storeu_epi16(out, mask, pack_bf16(low, high));
+    }
+  }
+}
+
 void amx_up(bf16* y, int64_t rows, int64_t n, const float* h, int64_t ldh, int64_t r, const float* b, const float* bias,
             bool accumulate) {
   const int64_t ldb = padded(n), across = blocks(n, 2 * kTile) * 2, deep = blocks(r, kTileDepth);
@@ -308,17 +328,10 @@ void amx_up(bf16* y, int64_t rows, int64_t n, const float* h, int64_t ldh, int64
             unrolled<4>([](auto t) { Tiles::multiply<t, 4 + t / 2, 6 + t % 2>(); });
           }
           unrolled<4>([&](auto t) { Tiles::store<t>(result[t]); });
-          for (int64_t m = 0; m < 2 * kTile && i + m < count; ++m) {
-            const float* p = result[m / kTile * 2] + m % kTile * kTile;
-            bf16* out = y + (row + i + m) * n + c;
-            fvec low = load(p) + bias0, high = load(p + kTileResult) + bias1;
-            if (accumulate) {
-              const __m512i old = _mm512_maskz_loadu_epi16(mask, out);
-              low += (fvec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(old)), 16);
-              high += (fvec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(old, 1)), 16);
-            }
-            _mm512_mask_storeu_epi16(out, mask, pack_bf16(low, high));
-          }
+          const int64_t height = std::min<int64_t>(2 * kTile, count - i);
+          bf16* out = y + (row + i) * n + c;
+          accumulate ? add_tiles<true>(result[0], height, bias0, bias1, mask, out, n)
+                     : add_tiles<false>(result[0], height, bias0, bias1, mask, out, n);
         }
       }
     }

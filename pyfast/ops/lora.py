@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pyfast import dispatch, philox, reference
 from pyfast.ops.autograd import autocast, first_order
 from pyfast.ops.checks import check_floating, check_parameter, describe
-from pyfast.quantized import QuantizedWeight, dequantize
+from pyfast.quantized import FP8_TILE, NF4_LEVELS, QuantizedWeight, dequantize
 
 
 class LoraWeights(NamedTuple):
@@ -249,8 +249,29 @@ def _kernel_arguments(spec, dtype, tensors):
     for i, (meta, scale) in enumerate(zip(spec.quantized, scales, strict=True)):
         if meta is not None:
             format, shape, blocksize = meta
-            weights[i] = dequantize(QuantizedWeight(format, weights[i], scale, shape, blocksize), dtype)
+            weights[i] = _dequantize(spec.backend, QuantizedWeight(format, weights[i], scale, shape, blocksize), dtype)
     return weights, lora_A, lora_B, list(spec.scaling), bias, spec.dropout_p, seeds
+
+
+_INT8_LEVELS = tuple(float(code if code < 128 else code - 256) for code in range(256))
+_FP8_LEVELS = {
+    dtype: tuple(torch.arange(256, dtype=torch.uint8).view(dtype).float().tolist())
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+}
+
+
+def _dequantize(backend, weight, dtype):
+    (n, k), data = weight.shape, weight.data.contiguous()
+    if weight.format == "nf4":  # blocks run on from row to row: one long row
+        shape, block, levels = (1, n * k), (1, weight.blocksize), NF4_LEVELS
+    elif weight.format == "int8":
+        shape, block, levels = (n, k), (1, k), _INT8_LEVELS
+    else:
+        tile = (n, k) if weight.scale.dim() == 0 else (FP8_TILE, FP8_TILE)
+        shape, block, levels = (n, k), tile, _FP8_LEVELS[data.dtype]
+    scale = weight.scale.float().contiguous()
+    codes = data.view(torch.uint8)
+    return dispatch.kernels(backend).dequantize(codes, scale, levels, *shape, *block, dtype).view(n, k)
 
 
 def _rows(x):

@@ -132,6 +132,15 @@ def _(dy, x, hidden, h, h_down, weight, lora_A, lora_B, scaling, bias, dropout_p
     return _wanted_gradients(dy, weight, lora_A, lora_B, bias, wanted)
 
 
+# ---- quantised weights: (n, k) from uint8 codes of 256 levels, or pairs of 16 levels, times a fp32 scale per block
+@kernel(
+    "dequantize(Tensor codes, Tensor scale, float[] levels, SymInt n, SymInt k, SymInt block_rows, "
+    "SymInt block_columns, ScalarType dtype) -> Tensor"
+)
+def _(codes, scale, levels, n, k, block_rows, block_columns, dtype):
+    return codes.new_empty((n, k), dtype=dtype)
+
+
 # ---- dropout: the factor, 0 or 1 / (1 - p), of each logical element index from begin on
 @kernel("dropout_factors(Tensor seed, SymInt begin, SymInt count, float p) -> Tensor")
 def _(seed, begin, count, p):
