@@ -52,7 +52,7 @@ def run(kernel, programs: int, *arguments, **constants) -> None:
         return
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants)
+        kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
