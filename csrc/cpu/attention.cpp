@@ -23,7 +23,7 @@
 namespace pyfast::PYFAST_ISA {
 namespace {
 
-constexpr int64_t kForwardKeys = 64, kForwardQueries = 128;  // block sizes: measured, see benchmarks/NOTES.md
+constexpr int64_t kForwardKeys = 128, kForwardQueries = 64;  // block sizes: measured, see benchmarks/NOTES.md
 constexpr int64_t kBackwardKeys = 256, kBackwardQueries = 64;
 constexpr int64_t kPad = 32;  // rows and D are padded to what AMX's K dimension needs
 constexpr float kLog2e = 1.44269504088896341f;
@@ -51,12 +51,22 @@ void parallel_tasks(int64_t count, const Make& make, const Work& work) {
   });
 }
 
+// max(x, least), a NaN x for NaN: one instruction, unlike vec.h's
+PF_INLINE fvec at_least(float least, fvec x) {
+#ifdef __AVX512F__
+  return (fvec)_mm512_max_ps((__m512)splat(least), (__m512)x);
+#else
+  return (fvec)_mm256_max_ps((__m256)splat(least), (__m256)x);
+#endif
+}
+
 // e^x for x <= 0 or a little above; 0 far below, NaN for NaN. Own minimax polynomials of the reduced argument: relative
 // error 3e-9 after Cody-Waite reduction by ln 2 in two parts, or 3e-6 where the result is rounded to bf16 anyway.
 template <class C>
 PF_INLINE fvec exp_of(fvec x) {
-  x = max(splat(-104.f), x);
-  fvec n = round_even(x * kLog2e), r, p;
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer
+  x = at_least(-104.f, x);
+  fvec n = (x * kLog2e + kRound) - kRound, r, p;
   if (std::is_same_v<C, bf16>) {
     r = x * kLog2e - n;
     p = splat(9.582853220e-3f);
@@ -306,7 +316,7 @@ struct Forward {
   // The online softmax of one block: new maxima, probabilities, sums; rescales the output where a maximum has grown.
   void softmax(const Block& b, Memory& m, float factor, bool dropout) const {
     const int64_t ld = b.queries;
-    bool grown = false;
+    fvec largest_growth{};
     for (int64_t i = 0; i < ld; i += VL) {
       float* x = m.scores + i;
       fvec top0 = splat(-kInf), top1 = top0;
@@ -331,9 +341,9 @@ struct Forward {
       store(m.maximum + i, top);
       store(m.sum + i, load(m.sum + i) * rescale + (sum0 + sum1));
       store(m.rescale + i, rescale);
-      for (int lane = 0; lane < VL; ++lane) grown |= m.rescale[i + lane] != 1.f;
+      largest_growth = max(largest_growth, top - before);
     }
-    if (!grown) return;
+    if (hmax(largest_growth) == 0.f) return;  // no maximum has grown
     for (int64_t d = 0; d < D; ++d)
       for (int64_t i = 0; i < ld; i += VL) {
         float* o = m.out_t + d * ld + i;
