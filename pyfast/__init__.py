@@ -12,8 +12,8 @@ _LAZY = {
     "patch": "pyfast.hf.patch",
     "unpatch": "pyfast.hf.patch",
     "PatchReport": "pyfast.hf.patch",
-    "verify": "pyfast.verify",
-    "VerifyReport": "pyfast.verify",
+    "verify": "pyfast.verification",
+    "VerifyReport": "pyfast.verification",
     "finetune": "pyfast.train",
 }
 

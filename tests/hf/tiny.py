@@ -6,7 +6,9 @@ import functools
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from torch.overrides import TorchFunctionMode
+
+from pyfast.close import Step, compare_steps
+from pyfast.verification import InDouble
 
 VOCAB, PAD = 67, 0
 _LLAMA = {
@@ -169,21 +171,6 @@ def batch(case: str, kind: str = "full") -> dict[str, torch.Tensor]:
     return {**result, "labels": labels}
 
 
-class InDouble(TorchFunctionMode):
-    """Turns the fp32 that models ask for by name into fp64, so that an fp64 model is fp64 throughout."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            return args[0].double()
-        if func is torch.Tensor.type_as:
-            return args[0].to(args[1].dtype)
-
-        def wide(value):
-            return torch.float64 if value is torch.float32 else value
-
-        return func(*[wide(a) for a in args], **{name: wide(value) for name, value in (kwargs or {}).items()})
-
-
 def step(model, **inputs):
     """(loss, gradients of everything trainable) of one training step."""
     model.zero_grad(set_to_none=True)
@@ -210,28 +197,8 @@ def assert_same_step(got, case: str, dtype: torch.dtype, adapter: str, kind: str
 
 
 def assert_steps_agree(got, truth, own, dtype: torch.dtype) -> None:
-    """The error rule for a whole model: `got` may err thrice as much as `own`, the stock model, does against fp64.
-
-    A model chains dozens of roundings, so that the error of one small tensor is luck: the stock model's worst relative
-    error over all gradients, in norm and by element, stands for each. A gradient that is zero but for rounding (the
-    bias of keys) is held to the stock model's own error.
-    """
-    (loss, gradients), (ref_loss, ref), (own_loss, own) = got, truth, own
-    u = torch.finfo(dtype).eps / 2
-    assert abs(loss.double() - ref_loss) <= 2 * abs(own_loss.double() - ref_loss) + 4 * u * abs(ref_loss), (
-        f"loss {loss}, in fp64 {ref_loss}, stock {own_loss}"
-    )
-    assert gradients.keys() == ref.keys()
-    sizes = {name: g.norm() for name, g in ref.items() if g is not None}
-    negligible = 1e-6 * max(sizes.values())
-    for measure in (torch.linalg.vector_norm, lambda t: t.abs().max()):
-        errors = {name: measure(own[name].double() - ref[name]) for name in sizes}
-        worst = max(errors[name] / measure(ref[name]) for name in sizes if sizes[name] > negligible)
-        for name, gradient in gradients.items():
-            assert (gradient is None) == (ref[name] is None), f"{name}: only one has a gradient"
-            if gradient is None:
-                continue
-            assert gradient.dtype == own[name].dtype, f"{name}: {gradient.dtype}, stock {own[name].dtype}"
-            error = measure(gradient.double() - ref[name])
-            allowed = 3 * max(worst * measure(ref[name]), 2 * errors[name])
-            assert error <= allowed, f"{name}: error {error:.3e} > {allowed:.3e}, of {measure(ref[name]):.3e}"
+    """The error rule for a whole step: pyfast/close.py."""
+    assert got[1].keys() == truth[1].keys()
+    got, truth, own = (Step(loss, None, gradients) for loss, gradients in (got, truth, own))
+    wrong = [row for row in compare_steps(got, truth, own, torch.finfo(dtype).eps / 2) if not row.passed]
+    assert not wrong, wrong
