@@ -2,7 +2,6 @@
 // Python (pyfast/ops/<op>.py) has already refused bad input with a ValueError; these checks keep a direct call through
 // torch.ops.pyfast_* from reading out of bounds.
 #pragma once
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -105,19 +104,6 @@ inline Tensor to_fp32(const Tensor& parameter, float offset = 0.f) {
 }
 inline Tensor new_fp32(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, ScalarType::Float);
-}
-
-// A fresh tensor like `like`. Where it is so large that page faults would cost more than the kernel that fills it (131 MB:
-// 32 ms of faults on 4 KB pages), Linux is asked for huge pages before anything touches it; a kernel without them ignores
-// the advice.
-inline Tensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  constexpr uintptr_t kHugePage = 2 << 20;
-  Tensor t = torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
-  uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  uintptr_t end = (begin + t.numel() * size_of(dtype_of(t))) & -kHugePage;
-  begin = (begin + kHugePage - 1) & -kHugePage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  return t;
 }
 
 #define CHECK_SAME_DTYPE(a, b) STD_TORCH_CHECK((a).scalar_type() == (b).scalar_type(), #a " and " #b " differ in dtype")

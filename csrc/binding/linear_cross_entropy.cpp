@@ -3,6 +3,8 @@
 //   dᵀ x
 // One buffer holds a chunk's logits, whatever the number of rows. The matrix products are PyTorch's own, called below
 // its dispatcher, where autocast and autograd cannot interfere.
+#include "cpu/linear_cross_entropy.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -97,6 +99,15 @@ Gradients linear_cross_entropy_cpu(const Tensor& input, const Tensor& linear_wei
   DType t = dtype_of(input);
   int64_t counted = loss.rows.rows, row_bytes = features * size_of(t);
   if (counted == 0) return results;
+  bool trains = dweight.numel() || dbias.numel() || dA.numel() || dB.numel();
+  if (current_isa() == Isa::amx && t == DType::bf16 && !trains && !rank && !linear_bias && label_smoothing == 0.0 &&
+      features % 32 == 0 && linear_weight.stride(1) == 1 && linear_weight.stride(0) % 2 == 0) {
+    LossRows r = loss.rows;
+    if (!dinput.numel()) r.upstream = nullptr;
+    avx512::frozen_linear_cross_entropy(r, input.const_data_ptr(), linear_weight.const_data_ptr(), features,
+                                        linear_weight.stride(0), dinput.mutable_data_ptr());
+    return results;
+  }
   int64_t chunk = std::clamp<int64_t>(logits_bytes / (classes * size_of(t)), 16, std::max<int64_t>(counted, 16));
   chunk = (counted + (counted + chunk - 1) / chunk - 1) / ((counted + chunk - 1) / chunk);  // chunks of equal length
 

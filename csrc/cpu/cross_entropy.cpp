@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/logits.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
@@ -20,33 +21,6 @@ namespace {
 
 constexpr int64_t kTile = 1024;    // logits per step of the online softmax: a few KB, in L1 from its maximum to its sum
 constexpr int64_t kGrain = 16384;  // elements per task
-
-struct Plain {
-  static constexpr bool sloped = false;
-  PF_INLINE fvec logit(fvec x) const { return x; }
-  PF_INLINE fvec slope(fvec) const { return splat(1.f); }
-};
-
-struct Scaled {
-  static constexpr bool sloped = true;
-  float scale, softcap;
-  PF_INLINE fvec logit(fvec x) const {
-    x *= scale;
-    return softcap > 0.f ? softcap * tanh(x / softcap) : x;
-  }
-  PF_INLINE fvec slope(fvec z) const {
-    fvec t = z / softcap;
-    return softcap > 0.f ? scale * (1.f - t) * (1.f + t) : splat(scale);
-  }
-};
-
-// v with `fill` in its lanes from n on
-PF_INLINE fvec first(fvec v, int n, float fill) {
-  if (n == VL) return v;
-  float lanes[VL];
-  store(lanes, v);
-  return load_n(lanes, n, fill);
-}
 
 // A sum that carries its rounding errors along (Dekker's Fast2Sum): rows of nearly equal terms round all the same way.
 struct Sum {

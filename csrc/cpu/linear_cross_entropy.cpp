@@ -1,0 +1,239 @@
+// The loss of a frozen head without its logits, on AMX: FlashAttention's online softmax (Dao et al. 2022), with the
+// vocabulary as keys and the weight as both keys and values. For a block of the vocabulary at a time,
+//   z = x Wbᵀ;  m, s: running maximum and sum of exponentials;  acc = acc exp(m_old - m) + exp(z - m) Wb
+// so that each block is read and packed once for all rows, and two products are all that is computed. At the end
+//   dx = (a h + 2 b lse) acc / s, with the target's term, whose -1 would drown in the rounding of bf16, added in fp32.
+// (a, b, h: cross_entropy.cpp.) Operands of the products lie tile by tile, in the order in which they are multiplied.
+#include "cpu/linear_cross_entropy.h"
+
+#ifdef __AVX512F__
+#include <algorithm>
+#include <vector>
+
+#include "cpu/amx.h"
+#include "cpu/gemm.h"
+#include "cpu/logits.h"
+#include "cpu/parallel.h"
+
+namespace pyfast::avx512 {
+namespace {
+
+constexpr int64_t kColumns = 512;  // of the vocabulary per block
+constexpr int64_t kColumnTiles = kColumns / kTile;
+constexpr int64_t kGroupBytes = 32 << 20;  // of x and acc: more rows go in several groups
+
+// C tiles (2 x 2) = or += A (2 x depth) B (depth x 2); each operand's tiles are contiguous along depth
+void multiply(int64_t depth, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1, float* c00, float* c01,
+              float* c10, float* c11, bool accumulate) {
+  if (accumulate) {
+    Tiles::load<0>(c00);
+    Tiles::load<1>(c01);
+    Tiles::load<2>(c10);
+    Tiles::load<3>(c11);
+  } else {
+    Tiles::zero<0>();
+    Tiles::zero<1>();
+    Tiles::zero<2>();
+    Tiles::zero<3>();
+  }
+  for (int64_t k = 0; k < depth * kTileSize; k += kTileSize) {
+    Tiles::load<4>(a0 + k);
+    Tiles::load<6>(b0 + k);
+    Tiles::multiply<0, 4, 6>();
+    Tiles::load<7>(b1 + k);
+    Tiles::multiply<1, 4, 7>();
+    Tiles::load<5>(a1 + k);
+    Tiles::multiply<2, 5, 6>();
+    Tiles::multiply<3, 5, 7>();
+  }
+  Tiles::store<0>(c00);
+  Tiles::store<1>(c01);
+  Tiles::store<2>(c10);
+  Tiles::store<3>(c11);
+}
+
+struct Head {
+  const bf16* weight;
+  int64_t classes, features, stride;
+  int64_t depth() const { return features / kTileDepth; }
+  int64_t tiles() const { return features / kTile; }
+
+  // Two column tiles of Wbᵀ: tile after tile along the features
+  void pack_transposed(int64_t begin, int64_t column_tile, bf16* out) const {
+    int64_t row = begin + column_tile * kTile, rows = std::clamp<int64_t>(classes - row, 0, kTile);
+    alignas(64) bf16 padded[kTileSize];
+    for (int64_t k = 0; k < features; k += kTileDepth, out += kTileSize) {
+      const bf16* in = weight + row * stride + k;
+      int64_t in_stride = stride;
+      if (rows < kTile) {
+        std::memset(padded, 0, sizeof padded);
+        for (int64_t i = 0; i < rows; ++i) std::memcpy(padded + i * kTileDepth, in + i * stride, kTileDepth * 2);
+        in = padded;
+        in_stride = kTileDepth;
+      }
+      transpose32(in, in_stride / 2, out, kTile, kTile, kTile);
+    }
+  }
+
+  // 32 rows of Wb, as the depth of a product: a tile for each 16 features, `step` elements apart
+  void pack(int64_t begin, int64_t row_tile, bf16* out, int64_t step) const {
+    int64_t row = begin + row_tile * kTileDepth;
+    for (int64_t p = 0; p < kTile; ++p)
+      for (int64_t k = 0; k < features; k += kTileDepth) {
+        auto load_row = [&](int64_t i) {
+          return i < classes ? _mm512_loadu_si512(weight + i * stride + k) : _mm512_setzero_si512();
+        };
+        bf16* tile = out + k / kTile * step + p * kTileDepth;
+        interleave(load_row(row + 2 * p), load_row(row + 2 * p + 1), tile, tile + step);
+      }
+  }
+};
+
+// Rows in a block of the online softmax, their state, and the tiles of x and of the sum that becomes dx.
+struct RowState {
+  float max = -INFINITY, target_logit = NAN;
+  double sum = 0.0;
+};
+
+template <class Transform>
+void softmax_block(Transform transform, const LossRows& r, int64_t begin, const float* logits, RowState& state,
+                   int64_t target, bool gradient, bf16* exps, float* acc, int64_t acc_tiles) {
+  int64_t valid = std::min(kColumns, r.classes - begin);
+  fvec z[kColumnTiles], top = splat(-INFINITY);
+  for (int64_t c = 0; c < kColumnTiles; ++c) {
+    int lanes = int(std::clamp<int64_t>(valid - c * kTile, 0, kTile));
+    z[c] = first(transform.logit(load(logits + c * kTileResult)), lanes, -INFINITY);
+    top = avx512::max(z[c], top);
+  }
+  float largest = hmax(top);
+  if (largest > state.max) {
+    float factor = float(std::exp(double(state.max) - largest));
+    state.sum *= factor;
+    if (gradient && state.max > -INFINITY)
+      for (int64_t t = 0; t < acc_tiles; ++t) store(acc + t * kTileResult, load(acc + t * kTileResult) * factor);
+    state.max = largest;
+  }
+  float shift = state.max == -INFINITY ? 0.f : state.max;
+  int64_t at = target - begin;
+  bool here = at >= 0 && at < valid;
+  if (here) state.target_logit = z[at / kTile][at % kTile];
+  fvec sum = {};
+  for (int64_t c = 0; c < kColumnTiles; c += 2) {
+    fvec e[2];
+    for (int k = 0; k < 2; ++k) {
+      e[k] = avx512::exp(z[c + k] - shift);
+      sum += e[k];
+      if constexpr (Transform::sloped)  // e is 0 beyond the vocabulary, where the slope is not a number
+        e[k] = e[k] == 0.f ? e[k] : e[k] * transform.slope(z[c + k]);
+    }
+    if (!gradient) continue;
+    _mm512_storeu_si512(exps + c / 2 * kTileSize, pack_bf16(e[0], e[1]));
+  }
+  state.sum += hsum(sum);
+  if (here && gradient) exps[at / kTileDepth * kTileSize + at % kTileDepth] = {0};  // added in fp32 at the end
+}
+
+template <class Transform>
+void run(Transform transform, const LossRows& r, const bf16* x, const Head& head, bf16* dx) {
+  bool gradient = r.upstream;
+  int64_t features = head.features, group = std::max<int64_t>(kGroupBytes / (features * 6) / 64 * 64, 64);
+  for (int64_t group_begin = 0; group_begin < r.rows; group_begin += group) {
+    int64_t rows = std::min(group, r.rows - group_begin), block = rows >= 512 ? 64 : 32;
+    int64_t blocks = (rows + block - 1) / block, padded = blocks * block;
+    const int64_t* index = r.index + group_begin;
+    Scratch<bf16> a(padded * features), transposed(kColumns * features), straight(gradient ? kColumns * features : 0);
+    Scratch<float> acc(gradient ? padded * features : 0);
+    std::vector<RowState> states(padded);
+
+    parallel_for(padded / kTile, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; i < kTile; ++i)
+          for (int64_t k = 0; k < head.depth(); ++k) {
+            bf16* out = a + (t * head.depth() + k) * kTileSize + i * kTileDepth;
+            if (t * kTile + i < rows)
+              std::memcpy(out, x + index[t * kTile + i] * features + k * kTileDepth, kTileDepth * 2);
+            else
+              std::memset(out, 0, kTileDepth * 2);
+          }
+      if (gradient) std::memset(acc + begin * kTile * features, 0, (end - begin) * kTile * features * 4);
+    });
+
+    for (int64_t begin = 0; begin < head.classes; begin += kColumns) {
+      int64_t straight_tiles = kColumns / kTileDepth;
+      parallel_for(kColumnTiles + (gradient ? straight_tiles : 0), 1, [&](int64_t first_task, int64_t last_task) {
+        for (int64_t t = first_task; t < last_task; ++t)
+          if (t < kColumnTiles)
+            head.pack_transposed(begin, t, transposed + t * head.depth() * kTileSize);
+          else
+            head.pack(begin, t - kColumnTiles, straight + (t - kColumnTiles) * kTileSize, straight_tiles * kTileSize);
+      });
+      parallel_for(blocks, 1, [&](int64_t first_block, int64_t last_block) {
+        Tiles tiles;
+        Scratch<float> logits(block * kColumns);
+        Scratch<bf16> exps(block * kColumns);
+        int64_t row_tiles = block / kTile, depth = head.depth();
+        for (int64_t b = first_block; b < last_block; ++b) {
+          const bf16* rows_a = a + b * block * features;
+          for (int64_t c = 0; c < kColumnTiles; c += 2)
+            for (int64_t t = 0; t < row_tiles; t += 2) {
+              const bf16 *a0 = rows_a + t * depth * kTileSize, *b0 = transposed + c * depth * kTileSize;
+              float* out = logits + (t * kColumnTiles + c) * kTileResult;
+              multiply(depth, a0, a0 + depth * kTileSize, b0, b0 + depth * kTileSize, out, out + kTileResult,
+                       out + kColumnTiles * kTileResult, out + (kColumnTiles + 1) * kTileResult, false);
+            }
+          float* sums = acc + b * block * features;
+          for (int64_t i = 0; i < block && b * block + i < rows; ++i) {
+            int64_t t = i / kTile, row = i % kTile;
+            softmax_block(transform, r, begin, logits + t * kColumnTiles * kTileResult + row * kTile,
+                          states[b * block + i], r.target[index[b * block + i]], gradient,
+                          exps + t * straight_tiles * kTileSize + row * kTileDepth,
+                          sums + t * head.tiles() * kTileResult + row * kTile, head.tiles());
+          }
+          if (!gradient) continue;
+          for (int64_t f = 0; f < head.tiles(); f += 2)
+            for (int64_t t = 0; t < row_tiles; t += 2) {
+              const bf16 *a0 = exps + t * straight_tiles * kTileSize, *b0 = straight + f * straight_tiles * kTileSize;
+              float* out = sums + (t * head.tiles() + f) * kTileResult;
+              multiply(straight_tiles, a0, a0 + straight_tiles * kTileSize, b0, b0 + straight_tiles * kTileSize, out,
+                       out + kTileResult, out + head.tiles() * kTileResult, out + (head.tiles() + 1) * kTileResult,
+                       true);
+            }
+        }
+      });
+    }
+
+    parallel_for(rows, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const RowState& state = states[i];
+        int64_t at = index[i], y = r.target[at];
+        double hard = r.weight ? r.weight[y] : 1.0, shifted = double(state.target_logit) - state.max;
+        double lse = state.max + std::log(state.sum);
+        r.loss[at] = hard * (std::log(state.sum) - shifted);
+        r.lse[at] = lse;
+        if (!gradient) continue;
+        double up = r.upstream[2 * at], up_square = r.upstream[2 * at + 1], p = std::exp(shifted) / state.sum;
+        fvec factor = splat(float((up * hard + 2.0 * up_square * lse) / state.sum));
+        double slope = transform.slope(splat(state.target_logit))[0];
+        fvec target_factor = splat(float((up * hard * (p - 1.0) + 2.0 * up_square * lse * p) * slope));
+        const float* sums = acc + i / kTile * kTile * features + i % kTile * kTile;
+        for (int64_t f = 0; f < head.tiles(); ++f)
+          store(dx + at * features + f * kTile, load(sums + f * kTileResult) * factor +
+                                                    load(head.weight + y * head.stride + f * kTile) * target_factor);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void frozen_linear_cross_entropy(const LossRows& r, const void* x, const void* weight, int64_t features, int64_t stride,
+                                 void* dx) {
+  Head head{static_cast<const bf16*>(weight), r.classes, features, stride};
+  if (r.scale == 1.f && r.softcap == 0.f)
+    run(Plain{}, r, static_cast<const bf16*>(x), head, static_cast<bf16*>(dx));
+  else
+    run(Scaled{r.scale, r.softcap}, r, static_cast<const bf16*>(x), head, static_cast<bf16*>(dx));
+}
+
+}  // namespace pyfast::avx512
+#endif
