@@ -340,54 +340,50 @@ void amx_up(bf16* y, int64_t rows, int64_t n, const float* h, int64_t ldh, int64
 
 void amx_outer(const bf16* x, int64_t rows, int64_t m, const float* h, int64_t ldh, int64_t r, float* g,
                float* column_sum) {
-  constexpr int64_t kRows = 4 * kTileDepth, kColumns = 4 * kTile;  // of x per step: 16 KB of B tiles
+  constexpr int64_t kRows = 2 * kTileDepth, kColumns = 4 * kTile;  // of x per step
   const int64_t ldg = padded(m), total = r + (column_sum ? 1 : 0), deep = blocks(rows, kTileDepth);
   const int64_t tall = blocks(total, kTile);
   // h^T as A tiles, and a row of ones for the sums
   std::vector<bf16> left(deep * tall * kTileSize);
   parallel_for(deep, 4, [&](int64_t first, int64_t last) {
     for (int64_t i = first * kTileDepth; i < std::min(rows, last * kTileDepth); ++i) {
-      for (int64_t j = 0; j < total; ++j) {
-        left[(i / kTileDepth * tall + j / kTile) * kTileSize + j % kTile * kTileDepth + i % kTileDepth] =
-            from_float<bf16>(j < r ? h[i * ldh + j] : 1.f);
-      }
+      bf16* out = &left[i / kTileDepth * tall * kTileSize + i % kTileDepth];
+      for (int64_t j = 0; j < total; ++j) out[j * kTileDepth] = from_float<bf16>(j < r ? h[i * ldh + j] : 1.f);
     }
   });
-  const int64_t strip = std::clamp<int64_t>(blocks(m / 16, kColumns), 1, 8) * kColumns;
+  // about 8 tasks, whatever the number of threads, each a strip of 64 to 512 columns: long enough to be read as a
+  // stream
+  const int64_t strip = std::clamp<int64_t>(blocks(m / 8, kColumns), 1, 8) * kColumns, across = strip / kTile;
   parallel_for(blocks(m, strip), 1, [&](int64_t first, int64_t last) {
     Tiles scope;
-    std::vector<float> sums(tall * (strip / kTile) * kTileResult);
-    alignas(64) bf16 right[kRows * kColumns];  // [32 rows][16 columns] tiles
+    std::vector<float> sums(tall * across * kTileResult);
+    std::vector<bf16> right(kRows / kTileDepth * across * kTileSize);  // x's rows as B tiles
     for (int64_t task = first; task < last; ++task) {
-      const int64_t begin = task * strip, end = std::min(m, begin + strip);
+      const int64_t begin = task * strip, width = std::min(m - begin, strip);
       std::fill(sums.begin(), sums.end(), 0.f);
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t steps = std::min(kRows / kTileDepth, deep - i / kTileDepth);
-        for (int64_t c = begin; c < end; c += kColumns) {
-          // rows lie far apart, which hides them from the hardware's prefetcher: ask for the next step's
-          const bf16* next = c + kColumns < end ? x + i * m + c + kColumns : x + (i + kRows) * m + begin;
-          for (int64_t pair = 0; pair < steps * kTileDepth; pair += 2) {
-            const bf16* p = x + (i + pair) * m + c;
-            for (const bf16* ahead : {next + pair * m, next + (pair + 1) * m}) {
-              _mm_prefetch(ahead, _MM_HINT_T0);
-              _mm_prefetch(ahead + kTileDepth, _MM_HINT_T0);
-            }
-            bf16* out = right + pair / kTileDepth * 4 * kTileSize + pair % kTileDepth * kTile;
-            for (int half = 0; half < 2; ++half) {
-              const int64_t lanes = std::clamp<int64_t>(end - c - half * 32, 0, 32);
-              const __mmask32 mask = lanes == 32 ? ~0u : (1u << lanes) - 1;
-              const __m512i even = _mm512_maskz_loadu_epi16(i + pair < rows ? mask : 0, p + half * 32);
-              const __m512i odd = _mm512_maskz_loadu_epi16(i + pair + 1 < rows ? mask : 0, p + m + half * 32);
-              interleave(even, odd, out + half * 2 * kTileSize, out + (half * 2 + 1) * kTileSize);
-            }
+        for (int64_t pair = 0; pair < steps * kTileDepth; pair += 2) {
+          const bf16* p = x + (i + pair) * m + begin;
+          bf16* out = &right[pair / kTileDepth * across * kTileSize + pair % kTileDepth * kTile];
+          const __mmask32 even = i + pair < rows ? ~0u : 0, odd = i + pair + 1 < rows ? ~0u : 0;
+          for (int64_t c = 0; c < width; c += 2 * kTile, out += 2 * kTileSize) {
+            const __mmask32 mask = width - c >= 2 * kTile ? ~0u : (1u << (width - c)) - 1;
+            _mm_prefetch(p + 8 * m + c, _MM_HINT_T0);
+            _mm_prefetch(p + 9 * m + c, _MM_HINT_T0);
+            interleave(_mm512_maskz_loadu_epi16(even & mask, p + c), _mm512_maskz_loadu_epi16(odd & mask, p + m + c),
+                       out, out + kTileSize);
           }
-          for (int64_t t = 0; t < tall; ++t) {
-            float* sum = &sums[(t * (strip / kTile) + (c - begin) / kTile) * kTileResult];
+        }
+        for (int64_t t = 0; t < tall; ++t) {
+          const bf16* a = &left[(i / kTileDepth * tall + t) * kTileSize];
+          for (int64_t c = 0; c < blocks(width, kTile); c += 4) {
+            float* sum = &sums[(t * across + c) * kTileResult];
             unrolled<4>([&](auto v) { Tiles::load<v>(sum + v * kTileResult); });
             for (int64_t d = 0; d < steps; ++d) {
-              Tiles::load<4>(&left[((i / kTileDepth + d) * tall + t) * kTileSize]);
+              Tiles::load<4>(a + d * tall * kTileSize);
               unrolled<4>([&](auto v) {
-                Tiles::load<5 + v % 3>(right + (d * 4 + v) * kTileSize);
+                Tiles::load<5 + v % 3>(&right[(d * across + c + v) * kTileSize]);
                 Tiles::multiply<v, 4, 5 + v % 3>();
               });
             }
@@ -396,11 +392,10 @@ void amx_outer(const bf16* x, int64_t rows, int64_t m, const float* h, int64_t l
         }
       }
       for (int64_t j = 0; j < total; ++j) {
-        float* out = j < r ? g + j * ldg : column_sum;
-        for (int64_t c = begin; c < end; c += kTile) {
-          const float* sum =
-              &sums[(j / kTile * (strip / kTile) + (c - begin) / kTile) * kTileResult + j % kTile * kTile];
-          std::copy_n(sum, std::min<int64_t>(kTile, end - c), out + c);
+        float* out = (j < r ? g + j * ldg : column_sum) + begin;
+        for (int64_t c = 0; c < width; c += kTile) {
+          const float* sum = &sums[(j / kTile * across + c / kTile) * kTileResult + j % kTile * kTile];
+          std::copy_n(sum, std::min<int64_t>(kTile, width - c), out + c);
         }
       }
     }
