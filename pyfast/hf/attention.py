@@ -244,13 +244,17 @@ def attention_interface(
             f"the model passes {', '.join(unknown)} to its attention, which the implementation 'pyfast' does not know:"
             " call pyfast.unpatch(model), or patch it with ops that do not hold 'attention'"
         )
+    width, value_width = key.shape[-1], value.shape[-1]
+    if width != value_width:  # multi-head latent attention: zeros change neither scores nor the columns that are kept
+        query, key = (nn.functional.pad(t, (0, max(0, value_width - width))) for t in (query, key))
+        value = nn.functional.pad(value, (0, max(0, width - value_width)))
     out = attend(
         query,
         key,
         value,
         attention_mask,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        scale=scaling,
+        scale=width**-0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
         dropout_p=dropout,
@@ -258,7 +262,7 @@ def attention_interface(
         position_bias=position_bias,
         arguments=kwargs,
     )
-    return out, None
+    return out[..., :value_width], None
 
 
 def register() -> None:

@@ -10,16 +10,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pyfast import ops
-from pyfast.hf.swap import is_plain
+from pyfast.hf.swap import PLAIN_TENSORS, is_plain, stock_class
 from pyfast.ops import LoraWeights
-
-_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)  # not a DTensor, nor a quantized weight
 
 
 def _base(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """weight (N, K) and bias of a plain linear layer, None for anything else."""
     kind = type(module)
-    if kind not in (nn.Linear, Conv1D) or type(module.weight) not in _PLAIN_TENSORS:
+    if kind not in (nn.Linear, Conv1D) or type(module.weight) not in PLAIN_TENSORS:
         return None
     return (module.weight if kind is nn.Linear else module.weight.t()), module.bias
 
@@ -42,12 +40,11 @@ def refusal(layer: LoraLinear) -> str | None:
         return f"its base layer is a {type(layer.base_layer).__name__} without a plain weight"
     if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
         return f"its dropout is a {type(layer.lora_dropout[name]).__name__}"
-    for part in ("base_layer", f"lora_A.{name}", f"lora_B.{name}"):
-        module = layer.get_submodule(part)
+    for module in (layer.base_layer, layer.lora_A[name], layer.lora_B[name]):
         if not is_plain(module):
-            return f"{part} has hooks or a forward of its own"
-        if type(module.weight) not in _PLAIN_TENSORS:
-            return f"{part} is sharded or quantized"
+            return "a part of it has hooks or a forward of its own"
+        if type(module.weight) not in PLAIN_TENSORS:
+            return "a part of it is sharded or quantized"
     return None
 
 
@@ -69,7 +66,7 @@ def weights(module: nn.Module) -> tuple[LoraWeights, float] | None:
     if isinstance(module, ModulesToSaveWrapper):
         active = [] if module.disable_adapters else [n for n in module.active_adapters if n in module.modules_to_save]
         return weights(module.modules_to_save[active[0]] if active else module.original_module)
-    if isinstance(module, LoraLinear):
+    if stock_class(module) is LoraLinear:
         return _lora(module)
     base = _base(module)
     return base and (LoraWeights(base[0], None, None, 0.0, base[1]), 0.0)

@@ -5,7 +5,7 @@ from torch import nn
 
 from pyfast import ops
 from pyfast.hf.families import Family
-from pyfast.hf.swap import get, is_plain, swapped_as
+from pyfast.hf.swap import PLAIN_TENSORS, get, is_plain, swapped_as
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -19,7 +19,11 @@ def refusal(module: nn.Module) -> str | None:
 def norm_forward(self, family: Family, stock, **kwargs):
     """The generic forward of a norm module."""
     (x,) = kwargs.values()
-    return _norm(self, family, x)
+    return _norm(self, family, x) if _is_served(self) else stock.forward(self, x)
+
+
+def _is_served(module):
+    return type(module.weight) in PLAIN_TENSORS
 
 
 def _norm(module, family, x, residual=None):
@@ -32,7 +36,7 @@ def _norm(module, family, x, residual=None):
 def add_norm(module: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + residual), x + residual), in one op where the module allows it."""
     same = x.dtype == residual.dtype  # under autocast the residual stays in fp32
-    if same and swapped_as(module, norm_forward) and is_plain(module):
+    if same and swapped_as(module, norm_forward) and is_plain(module) and _is_served(module):
         return _norm(module, type(module)._pyfast_family, x, residual)
     residual = residual + x
     return module(residual), residual

@@ -203,7 +203,8 @@ class _Session:
             for module in self.root.modules()
             if isinstance(module, PreTrainedModel)
         }
-        if self.root._can_set_attn_implementation():
+        backends = ("_supports_sdpa", "_supports_flash_attn", "_supports_attention_backend")
+        if self.root._can_set_attn_implementation() and any(getattr(self.root, name, False) for name in backends):
             self.root.set_attn_implementation(attention.IMPLEMENTATION)
         for module, implementation in before.items():
             if module.config._attn_implementation == attention.IMPLEMENTATION:

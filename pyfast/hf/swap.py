@@ -8,9 +8,12 @@ import functools
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from pyfast.hf.families import Family
+
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor)  # neither sharded (DTensor) nor quantized
 
 
 def get(module: nn.Module, path: str | None, default=None):

@@ -15,6 +15,16 @@ import pyfast
 from pyfast.hf.swap import stock_class
 
 FP32 = torch.float32
+_ENCODER_DECODER = {
+    "vocab_size": 67,
+    "d_model": 32,
+    "num_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
 
 
 def _agree(model, case="llama", adapter="lora", kind="full", **kwargs):
@@ -235,6 +245,62 @@ def test_sinks_of_an_unknown_family():
     report = pyfast.patch(model)
     assert ("", "attention") in {row[:2] for row in report.swapped}
     torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+@pytest.mark.parametrize("value_width", [6, 12])
+def test_values_of_another_width(value_width):
+    """DeepSeek's latent attention."""
+    config = {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": value_width,
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+    }
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**{**CASES["llama"][2], **config}))
+    loss, gradients = step(model, **batch("llama", "right"))
+    report = pyfast.patch(model)
+    assert ("", "attention") in {row[:2] for row in report.swapped}
+    got, gradients_got = step(model, **batch("llama", "right"))
+    torch.testing.assert_close(got, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_got[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        ("T5ForConditionalGeneration", transformers.T5Config(**_ENCODER_DECODER, d_kv=8, d_ff=48, num_heads=4)),
+        ("BartForConditionalGeneration", transformers.BartConfig(**_ENCODER_DECODER, encoder_ffn_dim=48)),
+    ],
+)
+def test_encoder_and_decoder(cls, config):
+    """Cross-attention, and T5's position bias, which gets a gradient."""
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(config).eval()
+    inputs = batch("llama", "right")
+    loss, gradients = step(model, **inputs)
+    report = pyfast.patch(model)
+    assert ("", "attention") in {row[:2] for row in report.swapped}
+    got, gradients_got = step(model, **inputs)
+    torch.testing.assert_close(got, loss)
+    assert any("relative" in name for name in gradients) == cls.startswith("T5")
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_got[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_a_model_without_attention():
+    config = transformers.MambaConfig(vocab_size=67, hidden_size=32, num_hidden_layers=1, state_size=4)
+    report = pyfast.patch(transformers.MambaForCausalLM(config))
+    assert report.swapped == []
+    assert "does not take its attention" in report.skipped[0].reason
 
 
 def test_attention_refuses_arguments_that_it_does_not_know():
