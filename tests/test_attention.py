@@ -64,6 +64,23 @@ CASES = {
             "return_lse": True,
         },
     ),
+    "few-queries": (
+        (2, 8, 4, 3, 190, 40),
+        {
+            "causal": True,
+            "window_size": (150, None),
+            "softcap": 3.0,
+            "scale": 0.5,
+            "sinks": 1.0,
+            "mask": "padded",
+            "bias": (2, 1, 3, 190),
+            "dropout_p": 0.2,
+            "seed": 3,
+            "return_lse": True,
+        },
+    ),
+    "few-queries-plain": ((2, 4, 2, 4, 600, 64), {}),
+    "few-queries-no-key": ((2, 8, 2, 4, 90, 32), {"mask": "none", "return_lse": True}),
     "no-batch": ((0, 2, 1, 5, 6, 8), {}),
     "no-queries": ((2, 2, 1, 0, 6, 8), {"causal": True}),
     "no-keys": ((2, 2, 1, 5, 0, 8), {"return_lse": True}),
@@ -257,13 +274,13 @@ def test_no_sequence(kernel):
 
 
 def check_drawn(op, args, options):
-    """fp32 within 50 roundings of the truth: with few elements, PyTorch's own error may happen to be 0."""
+    """fp32 within 300 roundings of the truth: with few elements, PyTorch's own error may happen to be 0."""
     outputs, gradients, cotangents = run(op, args, options, "cpu")
     args, options = double((args, options))
     truth, truth_gradients, _ = run(op, args, options, "reference", cotangents=[c.double() for c in cotangents])
     for k, ref in zip(outputs + gradients, truth + truth_gradients, strict=True):
         largest = ref.abs().max().item() if ref.numel() else 0
-        torch.testing.assert_close(k.double(), ref, rtol=0, atol=50 * 2**-24 * max(1, largest))
+        torch.testing.assert_close(k.double(), ref, rtol=0, atol=300 * 2**-24 * max(1, largest))
 
 
 @given(
