@@ -127,8 +127,8 @@ def test_shapes(kernel, shape, reduction):
         check_shape(linear_cross_entropy, args, options, *kernel)
 
 
-@pytest.mark.parametrize("name", ["frozen", "sum", "none", "weight", "softcap", "logit_scale", "z_loss", "num_items"])
-@pytest.mark.parametrize("shape", [(90, 64, 601), (7, 32, 1), (600, 96, 1500), (40, 32, 512)])
+@pytest.mark.parametrize("name", ["sum", "none", "softcap", "logit_scale", "z_loss", "num_items"])
+@pytest.mark.parametrize("shape", [(900, 64, 601), (850, 32, 1), (800, 96, 1500), (750, 32, 512)])
 def test_frozen_head(kernel, dtype, name, shape):
     """The head that most fine-tunes have: AMX serves it in one sweep over the weight, in blocks of 512 classes."""
     args, options = inputs(*shape, dtype, **{**OPTIONS[name], "frozen": True})
@@ -138,7 +138,7 @@ def test_frozen_head(kernel, dtype, name, shape):
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_frozen_head_of_confident_rows(kernel, dtype, offset):
     """The target takes nearly all, so that its gradient is a small difference; or the largest logit comes late."""
-    (x, head, target), _ = inputs(64, 64, 1200, dtype, frozen=True)
+    (x, head, target), _ = inputs(800, 64, 1200, dtype, frozen=True)
     head = head.float() * torch.linspace(0.1, 3, 1200)[:, None]
     head[target.clamp(min=0)] = x.detach().float() / 8
     head[:, 0] += offset

@@ -1,7 +1,8 @@
 // The head and its loss, chunk by chunk over the rows that count:
 //   logits = x Wᵀ (+ scaling · (x Aᵀ) Bᵀ) -> loss, and the logits' gradient d in their place -> dx = d W (+ ...), dW +=
 //   dᵀ x
-// One buffer holds a chunk's logits, whatever the number of rows. The matrix products are PyTorch's own, called below
+// One buffer holds a chunk's logits, whatever the number of rows. (A frozen bf16 head on AMX needs none:
+// cpu/linear_cross_entropy.cpp.) The matrix products are PyTorch's own, called below
 // its dispatcher, where autocast and autograd cannot interfere.
 #include "cpu/linear_cross_entropy.h"
 
@@ -15,6 +16,9 @@
 namespace pyfast {
 namespace {
 
+// From so many rows on, a sweep that packs the weight once beats products that pack it for each chunk
+// (benchmarks/NOTES.md).
+constexpr int64_t kSweptRows = 512;
 constexpr int64_t kSliceBytes = 8 << 20;  // of a product that is added to an fp32 sum
 
 void mm(Tensor& out, const Tensor& a, const Tensor& b) {
@@ -99,12 +103,10 @@ Gradients linear_cross_entropy_cpu(const Tensor& input, const Tensor& linear_wei
   DType t = dtype_of(input);
   int64_t counted = loss.rows.rows, row_bytes = features * size_of(t);
   if (counted == 0) return results;
-  bool trains = dweight.numel() || dbias.numel() || dA.numel() || dB.numel();
-  if (current_isa() == Isa::amx && t == DType::bf16 && !trains && !rank && !linear_bias && label_smoothing == 0.0 &&
+  bool frozen = dinput.numel() && !dweight.numel() && !dbias.numel() && !rank && !linear_bias;
+  if (current_isa() == Isa::amx && t == DType::bf16 && frozen && counted >= kSweptRows && label_smoothing == 0.0 &&
       features % 32 == 0 && linear_weight.stride(1) == 1 && linear_weight.stride(0) % 2 == 0) {
-    LossRows r = loss.rows;
-    if (!dinput.numel()) r.upstream = nullptr;
-    avx512::frozen_linear_cross_entropy(r, input.const_data_ptr(), linear_weight.const_data_ptr(), features,
+    avx512::frozen_linear_cross_entropy(loss.rows, input.const_data_ptr(), linear_weight.const_data_ptr(), features,
                                         linear_weight.stride(0), dinput.mutable_data_ptr());
     return results;
   }

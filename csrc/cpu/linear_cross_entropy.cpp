@@ -18,6 +18,7 @@
 namespace pyfast::avx512 {
 namespace {
 
+constexpr int64_t kRows = 64;      // per task
 constexpr int64_t kColumns = 512;  // of the vocabulary per block
 constexpr int64_t kColumnTiles = kColumns / kTile;
 constexpr int64_t kGroupBytes = 32 << 20;  // of x and acc: more rows go in several groups
@@ -71,6 +72,7 @@ struct Head {
         in = padded;
         in_stride = kTileDepth;
       }
+      for (int64_t i = 0; i < kTile; ++i) _mm_prefetch((const char*)(in + i * in_stride + 4 * kTileDepth), _MM_HINT_T0);
       transpose32(in, in_stride / 2, out, kTile, kTile, kTile);
     }
   }
@@ -97,7 +99,7 @@ struct RowState {
 
 template <class Transform>
 void softmax_block(Transform transform, const LossRows& r, int64_t begin, const float* logits, RowState& state,
-                   int64_t target, bool gradient, bf16* exps, float* acc, int64_t acc_tiles) {
+                   int64_t target, bf16* exps, float* acc, int64_t acc_tiles) {
   int64_t valid = std::min(kColumns, r.classes - begin);
   fvec z[kColumnTiles], top = splat(-INFINITY);
   for (int64_t c = 0; c < kColumnTiles; ++c) {
@@ -109,7 +111,7 @@ void softmax_block(Transform transform, const LossRows& r, int64_t begin, const 
   if (largest > state.max) {
     float factor = float(std::exp(double(state.max) - largest));
     state.sum *= factor;
-    if (gradient && state.max > -INFINITY)
+    if (state.max > -INFINITY)
       for (int64_t t = 0; t < acc_tiles; ++t) store(acc + t * kTileResult, load(acc + t * kTileResult) * factor);
     state.max = largest;
   }
@@ -126,23 +128,20 @@ void softmax_block(Transform transform, const LossRows& r, int64_t begin, const 
       if constexpr (Transform::sloped)  // e is 0 beyond the vocabulary, where the slope is not a number
         e[k] = e[k] == 0.f ? e[k] : e[k] * transform.slope(z[c + k]);
     }
-    if (!gradient) continue;
     _mm512_storeu_si512(exps + c / 2 * kTileSize, pack_bf16(e[0], e[1]));
   }
   state.sum += hsum(sum);
-  if (here && gradient) exps[at / kTileDepth * kTileSize + at % kTileDepth] = {0};  // added in fp32 at the end
+  if (here) exps[at / kTileDepth * kTileSize + at % kTileDepth] = {0};  // added in fp32 at the end
 }
 
 template <class Transform>
 void run(Transform transform, const LossRows& r, const bf16* x, const Head& head, bf16* dx) {
-  bool gradient = r.upstream;
   int64_t features = head.features, group = std::max<int64_t>(kGroupBytes / (features * 6) / 64 * 64, 64);
   for (int64_t group_begin = 0; group_begin < r.rows; group_begin += group) {
-    int64_t rows = std::min(group, r.rows - group_begin), block = rows >= 512 ? 64 : 32;
-    int64_t blocks = (rows + block - 1) / block, padded = blocks * block;
+    int64_t rows = std::min(group, r.rows - group_begin), blocks = (rows + kRows - 1) / kRows, padded = blocks * kRows;
     const int64_t* index = r.index + group_begin;
-    Scratch<bf16> a(padded * features), transposed(kColumns * features), straight(gradient ? kColumns * features : 0);
-    Scratch<float> acc(gradient ? padded * features : 0);
+    Scratch<bf16> a(padded * features), transposed(kColumns * features), straight(kColumns * features);
+    Scratch<float> acc(padded * features);
     std::vector<RowState> states(padded);
 
     parallel_for(padded / kTile, 1, [&](int64_t begin, int64_t end) {
@@ -155,25 +154,25 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
             else
               std::memset(out, 0, kTileDepth * 2);
           }
-      if (gradient) std::memset(acc + begin * kTile * features, 0, (end - begin) * kTile * features * 4);
+      std::memset(acc + begin * kTile * features, 0, (end - begin) * kTile * features * 4);
     });
 
     for (int64_t begin = 0; begin < head.classes; begin += kColumns) {
       int64_t straight_tiles = kColumns / kTileDepth;
-      parallel_for(kColumnTiles + (gradient ? straight_tiles : 0), 1, [&](int64_t first_task, int64_t last_task) {
-        for (int64_t t = first_task; t < last_task; ++t)
-          if (t < kColumnTiles)
-            head.pack_transposed(begin, t, transposed + t * head.depth() * kTileSize);
-          else
-            head.pack(begin, t - kColumnTiles, straight + (t - kColumnTiles) * kTileSize, straight_tiles * kTileSize);
+      parallel_for(straight_tiles, 1, [&](int64_t first_task, int64_t last_task) {
+        for (int64_t t = first_task; t < last_task; ++t) {
+          for (int64_t c = 2 * t; c < 2 * t + 2; ++c)
+            head.pack_transposed(begin, c, transposed + c * head.depth() * kTileSize);
+          head.pack(begin, t, straight + t * kTileSize, straight_tiles * kTileSize);
+        }
       });
       parallel_for(blocks, 1, [&](int64_t first_block, int64_t last_block) {
         Tiles tiles;
-        Scratch<float> logits(block * kColumns);
-        Scratch<bf16> exps(block * kColumns);
-        int64_t row_tiles = block / kTile, depth = head.depth();
+        Scratch<float> logits(kRows * kColumns);
+        Scratch<bf16> exps(kRows * kColumns);
+        int64_t row_tiles = kRows / kTile, depth = head.depth();
         for (int64_t b = first_block; b < last_block; ++b) {
-          const bf16* rows_a = a + b * block * features;
+          const bf16* rows_a = a + b * kRows * features;
           for (int64_t c = 0; c < kColumnTiles; c += 2)
             for (int64_t t = 0; t < row_tiles; t += 2) {
               const bf16 *a0 = rows_a + t * depth * kTileSize, *b0 = transposed + c * depth * kTileSize;
@@ -181,15 +180,14 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
               multiply(depth, a0, a0 + depth * kTileSize, b0, b0 + depth * kTileSize, out, out + kTileResult,
                        out + kColumnTiles * kTileResult, out + (kColumnTiles + 1) * kTileResult, false);
             }
-          float* sums = acc + b * block * features;
-          for (int64_t i = 0; i < block && b * block + i < rows; ++i) {
+          float* sums = acc + b * kRows * features;
+          for (int64_t i = 0; i < kRows && b * kRows + i < rows; ++i) {
             int64_t t = i / kTile, row = i % kTile;
             softmax_block(transform, r, begin, logits + t * kColumnTiles * kTileResult + row * kTile,
-                          states[b * block + i], r.target[index[b * block + i]], gradient,
+                          states[b * kRows + i], r.target[index[b * kRows + i]],
                           exps + t * straight_tiles * kTileSize + row * kTileDepth,
                           sums + t * head.tiles() * kTileResult + row * kTile, head.tiles());
           }
-          if (!gradient) continue;
           for (int64_t f = 0; f < head.tiles(); f += 2)
             for (int64_t t = 0; t < row_tiles; t += 2) {
               const bf16 *a0 = exps + t * straight_tiles * kTileSize, *b0 = straight + f * straight_tiles * kTileSize;
@@ -210,7 +208,6 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
         double lse = state.max + std::log(state.sum);
         r.loss[at] = hard * (std::log(state.sum) - shifted);
         r.lse[at] = lse;
-        if (!gradient) continue;
         double up = r.upstream[2 * at], up_square = r.upstream[2 * at + 1], p = std::exp(shifted) / state.sum;
         fvec factor = splat(float((up * hard + 2.0 * up_square * lse) / state.sum));
         double slope = transform.slope(splat(state.target_logit))[0];
