@@ -46,7 +46,11 @@ def causal_lm_forward(self, family: Family, stock, **kwargs):
     it: logits_to_keep, a loss function of the user's own, or a head that must be called as the module it is.
     """
     keep_logits = kwargs.pop("keep_logits", self.__dict__.get("_pyfast_keep_logits", False))
-    fused = kwargs.get("labels") is not None and self.training and not keep_logits
+    labelled = kwargs.get("labels") is not None
+    if labelled and kwargs.get("use_cache") is None:
+        # a loss needs no cache, and transformers looks for packed sequences only where there is none
+        kwargs["use_cache"] = False
+    fused = labelled and self.training and not keep_logits
     to_keep = kwargs.get("logits_to_keep", 0)
     if not fused or not isinstance(to_keep, int) or to_keep != 0 or not own_loss(self):
         return stock.forward(self, **kwargs)
@@ -58,8 +62,6 @@ def causal_lm_forward(self, family: Family, stock, **kwargs):
     return_dict = self.config.return_dict if return_dict is None else return_dict
     arguments = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index = kwargs.pop("ignore_index", -100)
-    if kwargs.get("use_cache") is None:
-        kwargs["use_cache"] = False  # a training step reads no cache
     outputs = getattr(self, self.base_model_prefix)(**kwargs)
     hidden = outputs.last_hidden_state
     target = _target(arguments["labels"], arguments["shift_labels"], ignore_index, hidden.device)

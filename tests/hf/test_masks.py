@@ -138,6 +138,18 @@ def test_boundaries_alone_keep_sequences_apart():
     torch.testing.assert_close(packed, alone, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval", "keep_logits"])
+def test_a_loss_never_sees_across_packed_sequences(mode):
+    """A stock model makes a cache where use_cache is left to its configuration, and then looks for no boundaries."""
+    model = stock("llama").train(mode != "eval")
+    inputs = batch("llama", "packed")
+    apart = model(**inputs).loss
+    inputs.pop("use_cache")
+    assert not torch.isclose(model(**inputs).loss, apart)
+    pyfast.patch(model, keep_logits=mode == "keep_logits")
+    torch.testing.assert_close(model(**inputs).loss, apart)
+
+
 def test_boundaries_are_found_once_per_step(monkeypatch):
     model = stock("llama")
     pyfast.patch(model)
