@@ -18,7 +18,7 @@ ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
-COMMON = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi -Wno-maybe-uninitialized -Icsrc"
+COMMON = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc"
 CXX = os.environ.get("CXX", "g++")
 # one folder for every way to build, so that an editable install and `make build` share their objects
 FOLDER = Path("build") / f"native-{sys.implementation.cache_tag}"
