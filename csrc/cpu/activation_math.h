@@ -14,14 +14,14 @@ struct ValueSlope {
 struct TwoSigmoids {
   fvec plus, minus;
   explicit PF_INLINE TwoSigmoids(fvec x) {
-    fvec t = exp(-abs(x)), near = 1.f / (1.f + t), far = t * near;
+    fvec t = exp(-abs(x)), near = reciprocal(1.f + t), far = t * near;
     plus = x < 0.f ? far : near;
     minus = x < 0.f ? near : far;
   }
 };
 
 struct Silu {
-  static PF_INLINE fvec value(fvec x) { return x / (1.f + exp(-x)); }
+  static PF_INLINE fvec value(fvec x) { return x * TwoSigmoids(x).plus; }
   static PF_INLINE ValueSlope both(fvec x) {
     TwoSigmoids s(x);
     fvec y = x * s.plus;
@@ -35,7 +35,7 @@ struct Silu {
 // accuracy.
 struct Gelu {
   static PF_INLINE fvec cdf(fvec x, fvec e) {
-    fvec s = 1.f / (1.f + 0.24f * abs(x));
+    fvec s = reciprocal(1.f + 0.24f * min(splat(1e3f), abs(x)));  // e is 0 long before
     fvec p = splat(2.555017360e-2f);
     p = p * s - 1.247732937e-1f;
     p = p * s + 2.058136612e-1f;
@@ -59,7 +59,7 @@ struct Gelu {
 // (1 + tanh z) / 2 = sigmoid(2z), z = sqrt(2 / pi) (x + 0.044715 x³)
 struct GeluTanh {
   static constexpr float k = 1.5957691216f;  // 2 sqrt(2 / pi)
-  static PF_INLINE fvec value(fvec x) { return x / (1.f + exp(-x * (k + k * 0.044715f * x * x))); }
+  static PF_INLINE fvec value(fvec x) { return x * TwoSigmoids(x * (k + k * 0.044715f * x * x)).plus; }
   static PF_INLINE ValueSlope both(fvec x) {
     TwoSigmoids s(x * (k + k * 0.044715f * x * x));
     fvec y = x * s.plus;

@@ -63,10 +63,12 @@ PF_INLINE fvec load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-PF_INLINE fvec load(const bf16* p) {
-  hvec h;
-  std::memcpy(&h, p, sizeof h);
-  return (fvec)(__builtin_convertvector(h, uvec) << 16);
+PF_INLINE fvec load(const bf16* p) {  // intrinsics: GCC 12 widens 16-bit vectors by halves
+#ifdef __AVX512F__
+  return (fvec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  return (fvec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#endif
 }
 PF_INLINE fvec load(const fp16* p) {
 #ifdef __AVX512F__
@@ -79,9 +81,15 @@ PF_INLINE void store(float* p, fvec v) { std::memcpy(p, &v, sizeof v); }
 PF_INLINE void store(bf16* p, fvec v) {
   uvec u = (uvec)v;
   uvec r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  r = (uvec)(v != v) ? uvec{} + 0x7fc0 : r;
-  hvec h = __builtin_convertvector(r, hvec);
-  std::memcpy(p, &h, sizeof h);
+#ifdef __AVX512F__
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  __m512i kept = _mm512_mask_mov_epi32((__m512i)r, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(kept));
+#else
+  __m256 nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+  __m256i kept = _mm256_blendv_epi8((__m256i)r, _mm256_set1_epi32(0x7fc0), (__m256i)nan);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
+#endif
 }
 PF_INLINE void store(fp16* p, fvec v) {
 #ifdef __AVX512F__
@@ -183,6 +191,16 @@ PF_INLINE fvec exp(fvec x) {
   ivec half = k >> 1;
   fvec a = (fvec)((half + 127) << 23), b = (fvec)((k - half + 127) << 23);
   return p * a * b;
+#endif
+}
+// 1 / d to about 1 ulp for d in [1, 1e4]: AVX-512's division takes three times as long as an estimate and a Newton
+// step.
+PF_INLINE fvec reciprocal(fvec d) {
+#ifdef __AVX512F__
+  fvec r = (fvec)_mm512_rcp14_ps((__m512)d);
+  return r + r * (1.f - d * r);
+#else
+  return 1.f / d;
 #endif
 }
 PF_INLINE fvec sigmoid(fvec x) { return 1.f / (1.f + exp(-x)); }
