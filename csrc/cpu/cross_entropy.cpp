@@ -58,7 +58,7 @@ struct Row {
   PF_INLINE fvec logit(int64_t c, int lanes) const { return transform.logit(load_any(x + c, lanes)); }
 
   template <bool keep>
-  void softmax() {
+  void softmax(const T* dx) {
     for (int64_t begin = 0, tile = 0; begin < classes; begin += kTile, ++tile) {
       int64_t n = classes - begin < kTile ? classes - begin : kTile;
       fvec top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
@@ -80,7 +80,10 @@ struct Row {
           int64_t c = begin + i + k * VL;
           _mm_prefetch((const char*)(x + c + kTile), _MM_HINT_T0);  // the next tile comes while this one is computed
           e[k] = PYFAST_ISA::exp(first(logit(c, lanes), lanes, -INFINITY) - shift);
-          if constexpr (keep) store(exps + c, e[k]);
+          if constexpr (keep) {
+            store(exps + c, e[k]);
+            __asm__ volatile("prefetchw %0" ::"m"(*(const char*)(dx + c)));  // where the gradient will go
+          }
         }
         terms.add(vectors == 4 ? (e[0] + e[1]) + (e[vectors / 2] + e[vectors - 1]) : e[0]);
       });
@@ -99,17 +102,21 @@ struct Row {
   }
 
   // dx = (p · softmax_gradient - w · smoothing_gradient) · slope; x may be dx
+  template <bool smoothing>
   void gradient(T* dx, double softmax_gradient, const float* weight, float smoothing_gradient) const {
     for (int64_t begin = 0, tile = 0; begin < classes; begin += kTile, ++tile) {
       int64_t n = classes - begin < kTile ? classes - begin : kTile;
       fvec factor = splat(float(std::exp(double(tile_max[tile]) - max) * softmax_gradient / sum));
-      for_lanes(n, [&](int64_t i, int lanes) {
-        int64_t c = begin + i;
-        fvec d = load(exps + c) * factor;
-        if (smoothing_gradient != 0.f)
-          d -= weight ? smoothing_gradient * load_any(weight + c, lanes) : splat(smoothing_gradient);
-        if constexpr (Transform::sloped) d *= transform.slope(logit(c, lanes));
-        store_any(dx + c, d, lanes);
+      for_vectors(n, [&](int64_t i, auto vectors, int lanes) {
+#pragma GCC unroll 4
+        for (int k = 0; k < vectors; ++k) {
+          int64_t c = begin + i + k * VL;
+          fvec d = load(exps + c) * factor;
+          if constexpr (smoothing)
+            d -= weight ? smoothing_gradient * load_any(weight + c, lanes) : splat(smoothing_gradient);
+          if constexpr (Transform::sloped) d *= transform.slope(logit(c, lanes));
+          store_any(dx + c, d, lanes);
+        }
       });
     }
   }
@@ -136,7 +143,8 @@ void run(const LossRows& r, Transform transform, const T* input, int64_t stride,
     for (int64_t i = begin; i < end; ++i) {
       int64_t at = r.index[i], place = r.gathered ? i : at, y = r.target[at];
       Row<T, Transform> row{input + place * stride, r.classes, transform, exps, exps + tiles * kTile};
-      r.upstream ? row.template softmax<true>() : row.template softmax<false>();
+      T* dx = dinput + place * dstride;
+      r.upstream ? row.template softmax<true>(dx) : row.template softmax<false>(dx);
       fvec target_logit = row.logit(y, 1);
       double log_sum = std::log(row.sum), lse = row.max + log_sum, target_shifted = double(target_logit[0]) - row.max;
       double target_weight = r.weight ? r.weight[y] : 1.0, hard = (1.0 - r.label_smoothing) * target_weight;
@@ -147,8 +155,11 @@ void run(const LossRows& r, Transform transform, const T* input, int64_t stride,
       if (!r.upstream) continue;
       double a = r.upstream[2 * at], b = r.upstream[2 * at + 1], p = std::exp(target_shifted) / row.sum;
       double target_gradient = a * (hard * (p - 1.0) + smooth * (weight_sum * p - target_weight)) + 2.0 * b * lse * p;
-      T* dx = dinput + place * dstride;
-      row.gradient(dx, a * (hard + smooth * weight_sum) + 2.0 * b * lse, r.weight, float(a * smooth));
+      double softmax_gradient = a * (hard + smooth * weight_sum) + 2.0 * b * lse;
+      if (smooth > 0.0)
+        row.template gradient<true>(dx, softmax_gradient, r.weight, float(a * smooth));
+      else
+        row.template gradient<false>(dx, softmax_gradient, nullptr, 0.f);
       dx[y] = from_float<T>(float(target_gradient * transform.slope(target_logit)[0]));
     }
   });
