@@ -128,7 +128,7 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
   }
   Tensors results;
   for (const Projection& p : projections.each) {
-    Tensor y = torch::stable::new_empty(x, {rows, p.n});
+    Tensor y = with_huge_pages(torch::stable::new_empty(x, {rows, p.n}));
     const bool update = p.r || p.bias;
     if (update) {
       Panel b(x, p.r + 1, p.n);  // s B^T, and the bias as its last row
@@ -194,7 +194,7 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
 
   Tensors results;
   if (wanted[0]) {
-    Tensor dx = torch::stable::new_empty(like, {rows, k});
+    Tensor dx = with_huge_pages(torch::stable::new_empty(like, {rows, k}));
     bool written = false;
     if (rank) {
       Panel a(like, rank, k);
@@ -232,7 +232,7 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
   for (size_t i = 0; i < projections.each.size(); ++i) {
     const Projection& p = projections.each[i];
     if (want(i, 0)) {
-      Tensor dweight = torch::stable::new_empty(like, {p.n, k});
+      Tensor dweight = with_huge_pages(torch::stable::new_empty(like, {p.n, k}));
       matmul_out(dweight, transposed(dy[i]), *x);
       results.push_back(dweight);
     }
@@ -276,7 +276,7 @@ std::vector<T> last(const std::vector<T>& all) {
 Tensor activate_hidden(const Tensors& hidden, Activation activation) {
   const Tensor& up = hidden.back();
   const int64_t rows = up.size(0), columns = up.size(1);
-  Tensor a = torch::stable::empty_like(up);
+  Tensor a = new_contiguous(up);
   const MutableRows result{a.mutable_data_ptr(), columns};
   const Rows in{up.const_data_ptr(), columns};
   if (hidden.size() == 2) {
@@ -333,7 +333,7 @@ Tensors lora_mlp_backward_cpu(const Tensor& dy, std::optional<Tensor> x, Tensors
   Tensors dhidden = {d};
   if (hidden.size() == 2) {
     CHECK_SHAPE(hidden[0], rows, columns);
-    dhidden.push_back(a ? *a : torch::stable::empty_like(up));
+    dhidden.push_back(a ? *a : new_contiguous(up));
     gated_backward(dtype_of(up), activation, given, {hidden[0].const_data_ptr(), columns}, in, result,
                    {dhidden[1].mutable_data_ptr(), columns}, rows, columns);
   } else {
