@@ -135,6 +135,12 @@ def test_frozen_head(kernel, dtype, name, shape):
     check_rule(args, options, kernel)
 
 
+def test_frozen_head_of_many_features(kernel):
+    """So many that the sweep's sums for all rows would not stay in its memory budget: two groups of rows."""
+    args, options = inputs(2100, 4096, 40, torch.bfloat16, frozen=True)
+    check_rule(args, options, kernel)
+
+
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_frozen_head_of_confident_rows(kernel, dtype, offset):
     """The target takes nearly all, so that its gradient is a small difference; or the largest logit comes late."""

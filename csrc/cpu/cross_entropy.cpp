@@ -108,7 +108,6 @@ struct Row {
       int64_t n = classes - begin < kTile ? classes - begin : kTile;
       fvec factor = splat(float(std::exp(double(tile_max[tile]) - max) * softmax_gradient / sum));
       for_vectors(n, [&](int64_t i, auto vectors, int lanes) {
-#pragma GCC unroll 4
         for (int k = 0; k < vectors; ++k) {
           int64_t c = begin + i + k * VL;
           fvec d = load(exps + c) * factor;
