@@ -132,7 +132,7 @@ void up(T* y, int64_t rows, int64_t n, const Dropout* dropout, const float* h, i
 }
 
 // ---- g = h^T x
-constexpr int64_t kOuterRows = 64;
+constexpr int64_t kOuterRows = 32;  // with strips of 256 columns, 32 KB as fp32
 constexpr int kOuterVectors = 2;
 constexpr int64_t kOuterColumns = kOuterVectors * VL;
 
@@ -159,29 +159,38 @@ template <class T>
 void outer(const T* x, int64_t rows, int64_t m, const Dropout* dropout, const float* h, int64_t ldh, int64_t r,
            float* g, float* column_sum) {
   constexpr int JR = ACC / kOuterVectors;
+  constexpr int64_t kTileFloats = kOuterRows * kOuterColumns;
   const int64_t ldg = padded(m);
-  // about 16 tasks, whatever the number of threads, so that results do not depend on it
+  // about 8 tasks, whatever the number of threads, so that results do not depend on it: each a strip of columns, wide
+  // enough for its rows to be read as streams
   const int64_t strip =
-      std::clamp((m / 16 + kOuterColumns - 1) / kOuterColumns, int64_t(1), 512 / kOuterColumns) * kOuterColumns;
+      std::clamp((m / 8 + kOuterColumns - 1) / kOuterColumns, int64_t(1), 256 / kOuterColumns) * kOuterColumns;
   parallel_for((m + strip - 1) / strip, 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * strip, end = std::min(m, last * strip);
-    for (int64_t j = 0; j < r; ++j) std::fill(g + j * ldg + begin, g + j * ldg + end, 0.f);
-    if (column_sum) std::fill(column_sum + begin, column_sum + end, 0.f);
-    alignas(64) float block[kOuterRows * kOuterColumns] = {};
-    for (int64_t i = 0; i < rows; i += kOuterRows) {
-      const int64_t count = std::min(kOuterRows, rows - i);
-      for (int64_t c = begin; c < end; c += kOuterColumns) {
-        const int width = int(std::min(kOuterColumns, end - c));
+    std::vector<float> block(strip / kOuterColumns * kTileFloats);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = task * strip, width = std::min(m - begin, strip);
+      for (int64_t j = 0; j < r; ++j) std::fill_n(g + j * ldg + begin, width, 0.f);
+      if (column_sum) std::fill_n(column_sum + begin, width, 0.f);
+      for (int64_t i = 0; i < rows; i += kOuterRows) {
+        const int64_t count = std::min(kOuterRows, rows - i);
         for (int64_t row = 0; row < count; ++row) {
-          const int64_t e = (i + row) * m + c;
-          widen(x + e, width, dropout, uint64_t(e), block + row * kOuterColumns);
+          for (int64_t c = 0; c < width; c += kOuterColumns) {
+            const int64_t e = (i + row) * m + begin + c;
+            widen(x + e, std::min(kOuterColumns, width - c), dropout, uint64_t(e),
+                  &block[c / kOuterColumns * kTileFloats + row * kOuterColumns]);
+          }
         }
-        int64_t j = 0;
-        for (; j + JR <= r; j += JR) outer_tile<JR>(block, count, h + i * ldh + j, ldh, g + j * ldg + c, ldg, width);
-        for (; j < r; ++j) outer_tile<1>(block, count, h + i * ldh + j, ldh, g + j * ldg + c, ldg, width);
-        if (column_sum) {
-          const float one = 1.f;
-          outer_tile<1>(block, count, &one, 0, column_sum + c, ldg, width);
+        for (int64_t c = 0; c < width; c += kOuterColumns) {
+          const float* tile = &block[c / kOuterColumns * kTileFloats];
+          const int lanes = int(std::min(kOuterColumns, width - c));
+          float* out = g + begin + c;
+          int64_t j = 0;
+          for (; j + JR <= r; j += JR) outer_tile<JR>(tile, count, h + i * ldh + j, ldh, out + j * ldg, ldg, lanes);
+          for (; j < r; ++j) outer_tile<1>(tile, count, h + i * ldh + j, ldh, out + j * ldg, ldg, lanes);
+          if (column_sum) {
+            const float one = 1.f;
+            outer_tile<1>(tile, count, &one, 0, column_sum + begin + c, ldg, lanes);
+          }
         }
       }
     }
