@@ -43,6 +43,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "lora_linear": {"cpu": ("cpu", "torch")},
     "lora_linears": {"cpu": ("cpu", "torch")},
     "lora_mlp": {"cpu": ("cpu", "torch")},
+    "dropout": {"cpu": ("cpu", "torch")},
 }
 
 _overrides: dict[str | None, str] = {}

@@ -70,6 +70,11 @@ def rotate(x, interleaved):
     return torch.cat((-b, a), -1)
 
 
+def dropout(x, p, *, seed):
+    keep = philox.keep_mask(torch.arange(x.numel(), device=x.device).view(x.shape), p, seed)
+    return torch.where(keep, wide(x) / (1 - p), 0.0).to(x.dtype)
+
+
 def rope(q, k, cos, sin, *, interleaved=False):
     width = cos.shape[-1]
     if cos.dim() == 3:

@@ -38,7 +38,7 @@ def refusal(layer: LoraLinear) -> str | None:
         return "lora_bias=True has no kernel"
     if _base(layer.base_layer) is None:
         return f"its base layer is a {type(layer.base_layer).__name__} without a plain weight"
-    if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
+    if stock_class(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
         return f"its dropout is a {type(layer.lora_dropout[name]).__name__}"
     for module in (layer.base_layer, layer.lora_A[name], layer.lora_B[name]):
         if not is_plain(module):
@@ -54,7 +54,7 @@ def _lora(layer: LoraLinear) -> tuple[LoraWeights, float] | None:
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     weight, bias = _base(layer.base_layer)
     dropout = layer.lora_dropout[name]
-    p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+    p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     return LoraWeights(weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], bias), p
 
 

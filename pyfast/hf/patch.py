@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pyfast import dispatch
-from pyfast.hf import attention, layer, lora, loss, mlp, norm
+from pyfast.hf import attention, dropout, layer, lora, loss, mlp, norm
 from pyfast.hf.families import FAMILIES, Family
 from pyfast.hf.swap import get, stock_class, swap, unswap
 
@@ -242,12 +242,22 @@ class _Session:
             rope = ("rope",) if family.rope else ()
             projections = ("lora_linear",) if len(family.qkv) == 1 else ("lora_linears",)
             self._swap(name, module, attention.attention_forward, ("attention", *rope, *projections))
+        elif type(module) is nn.Dropout:
+            if module.p and not self._is_inside_an_op(name):
+                self._swap(name, module, dropout.dropout_forward, ("dropout",))
         elif cls == family.class_name("layer"):
             inside = ("lora_linear", "lora_mlp") if family.order == "post" else ()
             reason = layer.refusal(module, family)
             if reason is None and family.feed_forward is None:
                 reason = mlp.refusal(module, family)
             self._swap(name, module, layer.layer_forward, (family.norm_op, *inside), reason)
+
+    def _is_inside_an_op(self, dropout_name: str) -> bool:
+        """Whether this dropout is the attention's own or a LoRA layer's, which their ops apply."""
+        parent, _, attribute = dropout_name.rpartition(".")
+        parent = self.model.get_submodule(parent)
+        is_attention = stock_class(parent).__name__ == self.family.class_name("attention")
+        return "lora_dropout" in dropout_name or (is_attention and attribute == self.family.attention_dropout)
 
     def _swap(self, name, module, run, ops, reason=None) -> None:
         if not self.asks(*ops):

@@ -147,6 +147,12 @@ def _(seed, begin, count, p):
     return seed.new_empty((count,), dtype=torch.float32)
 
 
+# ---- dropout: any strides, the result contiguous; backward is the same on dy
+@kernel("dropout(Tensor x, Tensor seed, float p) -> Tensor")
+def _(x, seed, p):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 # ---- losses: per row the loss and the logsumexp of the logits (0 where target is ignore_index), then the gradients for
 # upstream (rows, 2): the result's gradient with respect to each row's loss and squared logsumexp. A gradient is empty
 # without upstream, or where not needed. loss, lse and upstream are fp64, weight is fp32.

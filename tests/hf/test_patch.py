@@ -613,6 +613,20 @@ def test_every_dropout_of_the_family_is_there(case, option):
         torch.testing.assert_close(gradients_got[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_dropout_of_hidden_states_is_swapped():
+    config = {**CASES["bert-token"][2], "attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.2}
+    model = transformers.BertForTokenClassification(transformers.BertConfig(**config)).train()
+    model = add_lora(model, "bert-token", lora_dropout=0.1)
+    report = pyfast.patch(model, strict=True)
+    names = [row.module.removeprefix("base_model.model.") for row in report.swapped if row.op == "dropout"]
+    inside = [f"bert.encoder.layer.{i}.{part}" for i in range(2) for part in ("attention.output", "output")]
+    assert sorted(names) == sorted(["dropout", *(f"{name}.dropout" for name in ["bert.embeddings", *inside])])
+    module = model.get_submodule("base_model.model.bert.embeddings.dropout")
+    x = torch.ones(200, 200)
+    assert 0.18 < (module(x) == 0).float().mean() < 0.22
+    assert torch.equal(module.eval()(x), x)
+
+
 def test_attention_dropout_replays():
     config = {**CASES["bert-token"][2], "attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.2}
     model = transformers.BertForTokenClassification(transformers.BertConfig(**config)).train()
