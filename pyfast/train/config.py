@@ -184,7 +184,10 @@ def parse_arguments(arguments_class: type, argv: list[str]) -> Any:
             path, used = (word.split("=", 1)[1], 1) if "=" in word else (argv[i + 1] if i + 1 < len(argv) else "", 2)
             argv = to_argv(read_config(path)) + argv[:i] + argv[i + used :]
             break
-    parser = Parser(arguments_class, allow_abbrev=False, prog="pyfast")
+    description = (
+        "Every option can be written --like_this or --like-this; --config FILE.yaml reads options from a file."
+    )
+    parser = Parser(arguments_class, allow_abbrev=False, usage="pyfast COMMAND [OPTIONS]", description=description)
     names = {f.name for f in dataclasses.fields(arguments_class)} | {"config", "help"}
     for word in argv:
         name = word[2:].split("=")[0].replace("-", "_")

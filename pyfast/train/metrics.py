@@ -28,7 +28,11 @@ def class_scores(labels: np.ndarray, probabilities: np.ndarray, names: list[str]
 
 
 class ClassificationMetrics:
-    """compute_metrics for one label per row; keeps the last labels and probabilities for the ROC curve."""
+    """compute_metrics for one label per row; keeps the last labels and probabilities for the ROC curve.
+
+    Each task computes its loss from all rows at once: Trainer's own eval_loss is the mean over batches, which depends
+    on how rows were batched, and over several processes it is multiplied by their number.
+    """
 
     columns = ("loss", "accuracy", "precision", "recall", "f1", "roc_auc")
 
@@ -38,11 +42,15 @@ class ClassificationMetrics:
 
     def preprocess(self, logits, labels: torch.Tensor) -> torch.Tensor:
         logits = logits[0] if isinstance(logits, tuple) else logits
-        return logits.float().softmax(-1)
+        return logits.float().log_softmax(-1)
+
+    def scores(self, labels: np.ndarray, log_probabilities: np.ndarray) -> dict[str, float]:
+        self.last = labels, np.exp(log_probabilities)
+        loss = -log_probabilities[np.arange(len(labels)), labels].mean(dtype=np.float64)
+        return {"loss": float(loss), **class_scores(*self.last, self.names)}
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.last = prediction.label_ids, prediction.predictions
-        return class_scores(*self.last, self.names)
+        return self.scores(prediction.label_ids, prediction.predictions)
 
     def roc_figure(self) -> Figure | None:
         """The ROC curve of the last evaluation: of the second class, or with three or more one curve each."""
@@ -67,16 +75,11 @@ class TokenClassificationMetrics(ClassificationMetrics):
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         counted = prediction.label_ids != -100
-        self.last = prediction.label_ids[counted], prediction.predictions[counted]
-        return class_scores(*self.last, self.names)
+        return self.scores(prediction.label_ids[counted], prediction.predictions[counted])
 
 
 class LanguageModelMetrics:
-    """compute_metrics for next-token prediction, over the supervised tokens of all rows.
-
-    The loss is the mean over tokens; Trainer's own eval_loss is the mean over batches, which depends on how rows were
-    batched.
-    """
+    """compute_metrics for next-token prediction, over the supervised tokens of all rows."""
 
     columns = ("loss", "perplexity", "accuracy")
 

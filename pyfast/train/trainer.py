@@ -159,24 +159,27 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
     callbacks = [clock, interrupt]
     if args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    trainer = MetricsTrainer(
-        model=model,
-        args=args,
-        train_dataset=encoded["train"].rows,
-        eval_dataset=encoded["validation"].rows if "validation" in encoded else None,
-        data_collator=task.collator(),
-        processing_class=tokenizer,
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=metrics.preprocess,
-        callbacks=callbacks,
-    )
+    validation = encoded["validation"].rows if "validation" in encoded else None
+    try:
+        trainer = MetricsTrainer(
+            model=model,
+            args=args,
+            train_dataset=encoded["train"].rows,
+            eval_dataset=validation,
+            data_collator=task.collator(),
+            processing_class=tokenizer,
+            compute_metrics=metrics,
+            preprocess_logits_for_metrics=metrics.preprocess,
+            callbacks=callbacks,
+        )
+    except (ValueError, ImportError) as error:  # options that do not go together
+        raise InputError(" ".join(str(error).split())) from None
     trainer.label_names = ["labels"]
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
     if not args.disable_tqdm:
         trainer.add_callback(Progress(clock))
 
-    validation = encoded["validation"].rows if "validation" in encoded else None
     before = trainer.scores(validation, metrics) if validation is not None else {}
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -69,6 +69,8 @@ LABELS = "text,label\na film,good\na food,bad\n"
         ("t.csv", LABELS, ["--resume_from_checkpoint", "nowhere"], "nowhere"),
         ("t.csv", LABELS, ["--resume_from_checkpoint", "True"], "no checkpoint"),
         ("t.csv", LABELS, ["--early_stopping_patience", "1"], "validation"),
+        ("t.csv", LABELS, ["--report_to", "wandb"], "pip install wandb"),
+        ("t.csv", LABELS, ["--fsdp", "full_shard"], "distributed"),
         ("t.csv", LABELS, ["--load_best_model_at_end", "--save_strategy", "no"], "load_best_model_at_end"),
     ],
 )

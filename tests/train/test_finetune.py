@@ -186,7 +186,6 @@ def test_a_test_file_is_scored(models, files, tmp_path):
 
 
 def test_tensorboard(models, files, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     finetune(models["bert"], files["labels"], tmp_path / "out", stock=True, max_steps=2, report_to="tensorboard")
     assert list((tmp_path / "board").rglob("events.out.tfevents*"))

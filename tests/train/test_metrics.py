@@ -36,8 +36,11 @@ def test_the_language_model_loss_is_the_mean_over_tokens_whatever_the_batches():
     assert found["accuracy"] == pytest.approx(accuracy.item())
 
 
-def test_the_roc_curve_ends_in_its_corners():
+def test_the_loss_is_cross_entropy_and_the_roc_curve_ends_in_its_corners():
     metrics = ClassificationMetrics(["no", "yes"])
-    metrics(EvalPrediction(np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), np.array([0, 1, 1])))
+    logits = torch.randn(3, 2)
+    labels = torch.tensor([0, 1, 1])
+    found = metrics(EvalPrediction(metrics.preprocess(logits, labels).numpy(), labels.numpy()))
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     x, y = metrics.roc_figure().axes[0].lines[0].get_data()
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
