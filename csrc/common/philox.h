@@ -4,6 +4,9 @@
 // word >= floor(p 2^32). pyfast/philox.py is the same in torch.
 #pragma once
 #include <cstdint>
+#if defined(__AVX2__) && !defined(__CUDACC__)
+#include <immintrin.h>
+#endif
 
 #if defined(__CUDACC__)
 #define PF_HOST_DEVICE __host__ __device__
@@ -44,6 +47,64 @@ PF_HOST_DEVICE inline void philox4x32(uint64_t seed, uint64_t block, uint32_t* w
   }
 }
 
+#if defined(__AVX2__) && !defined(__CUDACC__)
+// The same for as many blocks as a register has 64-bit lanes. A lane holds one counter word in its low half; what
+// gathers in the high half is never read, since the multiplication takes the low halves alone.
+#if defined(__AVX512F__)
+constexpr int kPhiloxLanes = 8;
+using PhiloxLanes = __m512i;
+inline PhiloxLanes philox_fill(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
+inline PhiloxLanes philox_iota() { return _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0); }
+inline PhiloxLanes philox_add(PhiloxLanes a, PhiloxLanes b) { return _mm512_add_epi64(a, b); }
+inline PhiloxLanes philox_multiply(PhiloxLanes a, PhiloxLanes b) { return _mm512_mul_epu32(a, b); }
+inline PhiloxLanes philox_high(PhiloxLanes a) { return _mm512_srli_epi64(a, 32); }
+inline PhiloxLanes philox_xor(PhiloxLanes a, PhiloxLanes b, PhiloxLanes c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+inline void philox_store(PhiloxLanes c0, PhiloxLanes c1, PhiloxLanes c2, PhiloxLanes c3, uint32_t* words) {
+  __m512i even = _mm512_mask_blend_epi32(0xAAAA, c0, _mm512_slli_epi64(c1, 32));
+  __m512i odd = _mm512_mask_blend_epi32(0xAAAA, c2, _mm512_slli_epi64(c3, 32));
+  const __m512i first = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0), last = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
+  _mm512_storeu_si512(words, _mm512_permutex2var_epi64(even, first, odd));
+  _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64(even, last, odd));
+}
+#else
+constexpr int kPhiloxLanes = 4;
+using PhiloxLanes = __m256i;
+inline PhiloxLanes philox_fill(uint64_t x) { return _mm256_set1_epi64x(int64_t(x)); }
+inline PhiloxLanes philox_iota() { return _mm256_set_epi64x(3, 2, 1, 0); }
+inline PhiloxLanes philox_add(PhiloxLanes a, PhiloxLanes b) { return _mm256_add_epi64(a, b); }
+inline PhiloxLanes philox_multiply(PhiloxLanes a, PhiloxLanes b) { return _mm256_mul_epu32(a, b); }
+inline PhiloxLanes philox_high(PhiloxLanes a) { return _mm256_srli_epi64(a, 32); }
+inline PhiloxLanes philox_xor(PhiloxLanes a, PhiloxLanes b, PhiloxLanes c) {
+  return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
+}
+inline void philox_store(PhiloxLanes c0, PhiloxLanes c1, PhiloxLanes c2, PhiloxLanes c3, uint32_t* words) {
+  __m256i even = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
+  __m256i odd = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+  __m256i low = _mm256_unpacklo_epi64(even, odd), high = _mm256_unpackhi_epi64(even, odd);
+  _mm256_storeu_si256((__m256i*)words, _mm256_permute2x128_si256(low, high, 0x20));
+  _mm256_storeu_si256((__m256i*)(words + 8), _mm256_permute2x128_si256(low, high, 0x31));
+}
+#endif
+
+inline void philox4x32_lanes(uint64_t seed, uint64_t block, uint32_t* words) {
+  const PhiloxLanes mul0 = philox_fill(0xD2511F53), mul1 = philox_fill(0xCD9E8D57);
+  PhiloxLanes blocks = philox_add(philox_fill(block), philox_iota());
+  PhiloxLanes c0 = blocks, c1 = philox_high(blocks), c2 = philox_fill(0), c3 = c2;
+  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    PhiloxLanes p0 = philox_multiply(c0, mul0), p1 = philox_multiply(c2, mul1);
+    c0 = philox_xor(philox_high(p1), c1, philox_fill(key0));
+    c2 = philox_xor(philox_high(p0), c3, philox_fill(key1));
+    c1 = p1;
+    c3 = p0;
+    key0 += 0x9E3779B9, key1 += 0xBB67AE85;
+  }
+  philox_store(c0, c1, c2, c3, words);
+}
+#endif
+
 // words[i] of logical indices begin .. begin + count - 1, for any begin and count
 inline void philox_words(uint64_t seed, uint64_t begin, int64_t count, uint32_t* words) {
   constexpr int N = 16;
@@ -53,7 +114,11 @@ inline void philox_words(uint64_t seed, uint64_t begin, int64_t count, uint32_t*
     philox4x32<1>(seed, begin / 4, buffer);
     for (uint64_t w = begin % 4; w < 4 && i < count; ++w) words[i++] = buffer[w];
   }
+#if defined(__AVX2__) && !defined(__CUDACC__)
+  for (; i + 4 * kPhiloxLanes <= count; i += 4 * kPhiloxLanes) philox4x32_lanes(seed, (begin + i) / 4, words + i);
+#else
   for (; i + 4 * N <= count; i += 4 * N) philox4x32<N>(seed, (begin + i) / 4, words + i);
+#endif
   if (i < count) {
     philox4x32<N>(seed, (begin + i) / 4, buffer);
     for (int w = 0; i < count; ++w) words[i++] = buffer[w];
