@@ -1,6 +1,7 @@
 """Trainer callbacks: the progress bar, the clock of tokens/s, and Ctrl-C."""
 
 import signal
+import sys
 import threading
 import time
 
@@ -62,6 +63,11 @@ class Progress(ProgressCallback):
         super().__init__()
         self.clock = clock
         self.loss = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and not sys.stderr.isatty():
+            self.training_bar.mininterval = 10  # seconds between two lines of a log file
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)

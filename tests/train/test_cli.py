@@ -1,5 +1,6 @@
 """The command: errors are one line with exit status 2 and nothing written; Ctrl-C; predict, generate, doctor."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -69,13 +70,19 @@ LABELS = "text,label\na film,good\na food,bad\n"
         ("t.csv", LABELS, ["--resume_from_checkpoint", "nowhere"], "nowhere"),
         ("t.csv", LABELS, ["--resume_from_checkpoint", "True"], "no checkpoint"),
         ("t.csv", LABELS, ["--early_stopping_patience", "1"], "validation"),
-        ("t.csv", LABELS, ["--report_to", "wandb"], "pip install wandb"),
         ("t.csv", LABELS, ["--fsdp", "full_shard"], "distributed"),
         ("t.csv", LABELS, ["--load_best_model_at_end", "--save_strategy", "no"], "load_best_model_at_end"),
     ],
 )
 def test_mistakes(models, tmp_path, write, name, text, words, message):
     refused(finetune(models["bert"], write(name, text), tmp_path / "out", *words), tmp_path / "out", message)
+
+
+def test_a_reporter_that_is_not_installed(models, tmp_path, write, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
+    result = finetune(models["bert"], write("t.csv", LABELS), tmp_path / "out", "--report_to", "wandb")
+    refused(result, tmp_path / "out", "pip install wandb")
 
 
 def test_a_label_never_seen_in_training(models, tmp_path, write):
@@ -145,14 +152,15 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(models, files, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pyfast.cli", "finetune", "--model_name_or_path", models["llama"]]
     command += ["--train_file", files["pairs"], "--output_dir", str(out), "--stock", "--num_train_epochs", "100000"]
-    command += ["--eval_strategy", "no", "--save_strategy", "no", "--dtype", "float32"]
+    command += ["--eval_strategy", "no", "--save_strategy", "no", "--dtype", "float32", "--validation_split", "0"]
     log = (tmp_path / "log").open("w+")
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         for _ in range(600):
             time.sleep(0.1)
-            if "tokens/s" in (tmp_path / "log").read_text() or process.poll() is not None:
+            if "it/s" in (tmp_path / "log").read_text() or process.poll() is not None:
                 break
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         status = process.wait(60)
     finally:
@@ -164,7 +172,7 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(models, files, tmp_path):
     steps = int(checkpoint.name.split("-")[1])
     result = finetune(
         models["llama"], files["pairs"], out, "--resume_from_checkpoint", checkpoint, "--max_steps", steps + 3,
-        "--dtype", "float32", "--eval_strategy", "no", "--save_strategy", "no",
+        "--dtype", "float32", "--validation_split", 0, "--save_strategy", "no",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert json.loads((out / "run.json").read_text())["train"]["steps"] == steps + 3
