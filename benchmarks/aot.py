@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ TENSOR_CORE = {"sm_75": "HMMA", "sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UT
 RESULTS = Path(__file__).parent / "results" / "aot"
 FIELDS = [
     "kernel",
+    "variant",
     "tile",
     "dtype",
     "main_path",
@@ -56,7 +58,8 @@ def _fp32(*shape):
     return _meta(*shape, dtype=torch.float32)
 
 
-# ---- kernel -> (largest problem size of the main path, a call of its launcher for a size and a dtype)
+# ---- kernel -> (largest problem size of the main path, name of a variant -> a call of its launcher for a size and a
+# dtype); the first variant is the main path
 def _gated(n, dtype):
     launch.launchers()["gated"](*(_meta(4096, 2 * n, dtype=dtype)[:, :n] for _ in range(2)), "silu")
 
@@ -95,18 +98,81 @@ def _rope(n, dtype):
     launch.launchers()["rope"](_meta(4, 2048, 32, n, dtype=dtype).transpose(1, 2), angles, angles, False, False)
 
 
+def _attention(dim, dtype, packed=False, everything=False, backward=False):
+    """Llama-3's heads, causal; packed with a window, as long-context models train; and every option at once."""
+    batch, heads, kv_heads, rows = 2, 32, 8, 4096
+    if packed:
+        q, out, dout = (_meta(batch * rows, heads, dim, dtype=dtype) for _ in range(3))
+        k, v = (_meta(batch * rows, kv_heads, dim, dtype=dtype) for _ in range(2))
+        sums = _fp32(heads, batch * rows)
+    else:
+        q, out, dout = (_meta(batch, rows, heads, dim, dtype=dtype).transpose(1, 2) for _ in range(3))
+        k, v = (_meta(batch, rows, kv_heads, dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+        sums = _fp32(batch, heads, rows)
+    cu_seqlens = _meta(9, dtype=torch.int32) if packed else None
+    extra = [None, None, None, None, cu_seqlens, cu_seqlens]
+    options = [rows, dim**-0.5, 0.0, 1024 if packed else -1, 0, 0.0]
+    if everything:
+        bias, seed = _meta(batch, 1, rows, rows, dtype=dtype), _meta(dtype=torch.int64)
+        extra = [_fp32(heads), _meta(batch, rows, dtype=torch.bool), bias, seed, None, None]
+        options = [rows, dim**-0.5, 30.0, 1024, 0, 0.1]
+    if backward:
+        dlse = sums if everything else None
+        launch.launchers()["attention_backward"](dout, dlse, q, k, v, out, sums, sums, *extra, *options, everything)
+    else:
+        launch.launchers()["attention"](q, k, v, *extra, *options)
+
+
+def _matmul(n, dtype, dx=False):
+    """A projection of 4096 columns with its adapter in the epilogue; with dx, its gradient with dropout replayed."""
+    from pyfast.kernels.lora import matmul
+
+    x, weight, seed = _meta(8192, 4096, dtype=dtype), _meta(n, 4096, dtype=dtype), _meta(dtype=torch.int64)
+    adapter = (_fp32(8192, 16), _meta(n, 16, dtype=dtype).T, 2.0)
+    if dx:
+        adapter = (_fp32(8192, 16), _meta(16, n, dtype=dtype), 2.0)
+        matmul(x, _meta(4096, n, dtype=dtype), dtype, adapter=adapter, dropout=(seed, 0.1, (n, 1)))
+    else:
+        matmul(x, weight.T, dtype, adapter=adapter)
+
+
+def _matmul_down(n, dtype):
+    """x lora_Aᵀ with dropout."""
+    from pyfast.kernels.lora import matmul
+
+    dropout = (_meta(dtype=torch.int64), 0.1, (4096, 1))
+    matmul(_meta(8192, 4096, dtype=dtype), _meta(n, 4096, dtype=dtype).T, dtype, dropout=dropout, drop_a=True)
+
+
+def _dequantize(n, dtype):
+    codes = _meta(4096 * n // 2, 1, dtype=torch.uint8)
+    launch.launchers()["dequantize"](codes, _fp32(64 * n), [0.0] * 16, 1, 4096 * n, 1, 64, dtype)
+
+
+_ATTENTION = {"causal": {}, "packed window": {"packed": True}, "everything": {"everything": True}}
+_FORWARD = {name: partial(_attention, **options) for name, options in _ATTENTION.items()}
+_BACKWARD = {name: partial(_attention, **options, backward=True) for name, options in _ATTENTION.items()}
+
 CASES = {
-    "gated_kernel": (14336, _gated),
-    "gated_backward_kernel": (14336, _gated_backward),
-    "activate_kernel": (16384, _activate),
-    "activate_backward_kernel": (16384, _activate_backward),
-    "cross_entropy_kernel": (128256, _cross_entropy),
-    "norm_kernel": (8192, _norm),
-    "norm_backward_kernel": (8192, _norm_backward),
-    "rope_kernel": (128, _rope),
+    "gated_kernel": (14336, {"": _gated}),
+    "gated_backward_kernel": (14336, {"": _gated_backward}),
+    "activate_kernel": (16384, {"": _activate}),
+    "activate_backward_kernel": (16384, {"": _activate_backward}),
+    "cross_entropy_kernel": (128256, {"": _cross_entropy}),
+    "norm_kernel": (8192, {"": _norm}),
+    "norm_backward_kernel": (8192, {"": _norm_backward}),
+    "rope_kernel": (128, {"": _rope}),
+    "dequantize_kernel": (4096, {"": _dequantize}),
+    "matmul_kernel": (
+        4096,
+        {"y": _matmul, "dx with dropout": partial(_matmul, dx=True), "h with dropout": _matmul_down},
+    ),
+    "attention_kernel": (128, _FORWARD),
+    "attention_dq_kernel": (128, _BACKWARD),
+    "attention_dkv_kernel": (128, _BACKWARD),
 }
 #: kernels that multiply matrices
-MATRIX: set[str] = set()
+MATRIX = {"matmul_kernel", "attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"}
 
 
 class _Driver:
@@ -128,9 +194,10 @@ class _Driver:
         return True
 
 
-def compile_row(job: tuple[str, str, int]) -> list[dict]:
-    """The table's rows of one (target, kernel, problem size)."""
-    name, kernel_name, size = job
+def compile_row(job: tuple[str, str, str, int]) -> dict:
+    """The table's row of one (target, kernel, variant, problem size)."""
+    name, kernel_name, variant, size = job
+    largest, variants = CASES[kernel_name]
     target, dtype, _, registers_per_sm, threads_per_sm = TARGETS[name]
     driver.set_active(_Driver(target))
     launch.architecture = lambda device: name
@@ -142,8 +209,13 @@ def compile_row(job: tuple[str, str, int]) -> list[dict]:
         kernel.device_caches.clear()  # the target is another than the last one's
         signature = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]
         compiled = kernel.warmup(*signature, grid=(1,), **constants, enable_fp_fusion=True)
-        row = {"kernel": kernel_name, "tile": _describe(constants), "dtype": str(dtype).removeprefix("torch.")}
-        row["main_path"] = int(size <= CASES[kernel_name][0])
+        row = {
+            "kernel": kernel_name,
+            "variant": variant,
+            "tile": _describe(constants),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        row["main_path"] = int(size <= largest and variant == next(iter(variants)))
         row |= _resources(compiled, name)
         threads = compiled.metadata.num_warps * target.warp_size
         limits = [threads_per_sm // threads, registers_per_sm // max(1, row["registers"] * threads)]
@@ -153,8 +225,8 @@ def compile_row(job: tuple[str, str, int]) -> list[dict]:
         rows.append(row)
 
     launch.run = compile_instead
-    CASES[kernel_name][1](size, dtype)
-    return rows
+    variants[variant](size, dtype)
+    return rows[0]
 
 
 def _describe(constants: dict) -> str:
@@ -170,7 +242,7 @@ def _resources(compiled, target: str) -> dict:
         def field(key):
             return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
 
-        spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+        spilled = 4 * (field("vgpr_spill_count"))
         registers = field("vgpr_count")
     else:
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -187,21 +259,26 @@ def _resources(compiled, target: str) -> dict:
     return {"registers": registers, "spilled_bytes": spilled, "shared_bytes": shared, "tensor_core": tensor_core}
 
 
-def jobs(targets, kernels) -> list[tuple[str, str, int]]:
-    """(target, kernel, size) for every row of the tile tables."""
+def jobs(targets, kernels) -> list[tuple[str, str, str, int]]:
+    """(target, kernel, variant, size) for every row of the tile tables."""
     found = []
     for target in targets:
         for kernel in kernels:
+            if target == "sm_75" and kernel in MATRIX:
+                continue  # Triton has no tensor cores there: dispatch leaves these ops to PyTorch
             table, largest = TILES[kernel], 0
             for limit, _ in table.get(target, table["default"]):
                 largest = limit or max(2 * largest, CASES[kernel][0])
-                found.append((target, kernel, largest))
+                size, (first, *others) = CASES[kernel][0], CASES[kernel][1]
+                found += [
+                    (target, kernel, variant, largest) for variant in (first, *(others if largest == size else ()))
+                ]
     return found
 
 
 def problems(target: str, row: dict) -> list[str]:
     """Why a row must not be: a spill on the main path, too much shared memory, or no tensor cores."""
-    where = f"{row['kernel']} ({row['tile']}) on {target}"
+    where = f"{row['kernel']} {row['variant']} ({row['tile']}) on {target}"
     found = []
     if row["spilled_bytes"] and row["main_path"]:
         found.append(f"{where} spills {row['spilled_bytes']} bytes")
@@ -221,8 +298,8 @@ def main() -> int:
     work = jobs(options.target, options.kernel)
     tables: dict[str, list[dict]] = {target: [] for target in options.target}
     with ProcessPoolExecutor(2) as pool:
-        for (target, _, _), rows in zip(work, pool.map(compile_row, work), strict=True):
-            tables[target] += rows
+        for (target, *_), row in zip(work, pool.map(compile_row, work), strict=True):
+            tables[target].append(row)
     wrong = []
     for target, rows in tables.items():
         if options.write:

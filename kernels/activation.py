@@ -93,8 +93,9 @@ def activate_kernel(
 ):
     row, column, inside = tile(rows, columns, ROWS, BLOCK)
     x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
-    y, _ = activated(x + bias, ACTIVATION)
+    if BIAS is not None:
+        x += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
+    y, _ = activated(x, ACTIVATION)
     tl.store(Y + row * columns + column, y.to(Y.dtype.element_ty), mask=inside)
 
 
@@ -118,8 +119,9 @@ def activate_backward_kernel(
     row, column, inside = tile(rows, columns, ROWS, BLOCK)
     dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
-    _, slope = activated(x + bias, ACTIVATION)
+    if BIAS is not None:
+        x += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
+    _, slope = activated(x, ACTIVATION)
     dx = dy * slope
     tl.store(DX + row * columns + column, dx.to(DX.dtype.element_ty), mask=inside)
     if BIAS_GRADIENT:
@@ -140,10 +142,25 @@ def _run(kernel, tensors, results, activation, **constants):
     rows, columns = tensors[0].shape
     tile = launch.tile(kernel, tensors[0].device, columns)
     programs = triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, tile["BLOCK"])
-    strides = [t.stride(0) for t in tensors if t.dim() == 2]  # a bias has none
+    strides = [t.stride(0) for t in tensors if t is not None and t.dim() == 2]  # a bias has none
     launch.run(
         kernel, programs, *tensors, *results, rows, columns, *strides, ACTIVATION=activation, **constants, **tile
     )
+
+
+def activation_of(hidden, activation, gradient=None):
+    """activation(gate) * up for hidden [gate, up], activation(up) for [up]; with its gradient, those of hidden."""
+    if len(hidden) == 2:
+        return gated(*hidden, activation) if gradient is None else gated_backward(gradient, *hidden, activation)
+    (x,) = (launch.rows_of(t) for t in hidden)
+    y = x.new_empty(x.shape)
+    if y.numel() == 0:
+        return y if gradient is None else [y]
+    if gradient is None:
+        _run(activate_kernel, [x, None], [y], activation)
+        return y
+    _run(activate_backward_kernel, [gradient, x, None], [y, None], activation, BIAS_GRADIENT=False)
+    return [y]
 
 
 @launch.launcher

@@ -12,7 +12,7 @@ import torch
 
 from pyfast.kernels.tiles import TILES
 
-_MODULES = ("activation", "cross_entropy", "norm", "rope")
+_MODULES = ("activation", "attention", "cross_entropy", "lora", "norm", "quantized", "rope")
 _launchers: dict = {}
 
 

@@ -62,4 +62,89 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         "interpreter": [(None, {"ROWS": 32})],
         "default": [(None, {"ROWS": 32, "num_warps": 4})],  # guess
     },
+    # head dimension, rounded up to a power of two
+    "attention_kernel": {
+        "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 32})],
+        "default": [  # guess
+            (64, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}),
+            (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
+        ],
+        "gfx942": [  # guess
+            (64, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}),
+            (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
+        ],
+    },
+    "attention_dq_kernel": {
+        "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 32})],
+        "default": [  # guess
+            (64, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
+            (128, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}),
+        ],
+        "gfx942": [  # guess
+            (64, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+            (128, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
+            (None, {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+        ],
+    },
+    "attention_dkv_kernel": {
+        "interpreter": [(None, {"BLOCK_M": 32, "BLOCK_N": 64})],
+        "default": [  # guess
+            (64, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}),
+            (128, {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}),
+            (None, {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}),
+        ],
+        "gfx942": [  # guess
+            (64, {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}),
+            (None, {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+        ],
+    },
+    "dequantize_kernel": {
+        "interpreter": [(None, {"BLOCK": 256})],
+        "default": [(None, {"BLOCK": 1024, "num_warps": 4})],  # guess
+    },
+    # columns of the product; SPLITS: at most so many parts of a sum over rows
+    "matmul_kernel": {
+        "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 2, "SPLITS": 3})],
+        "default": [  # guess
+            (
+                16,
+                {
+                    "BLOCK_M": 64,
+                    "BLOCK_N": 16,
+                    "BLOCK_K": 64,
+                    "GROUP": 8,
+                    "SPLITS": 16,
+                    "num_warps": 4,
+                    "num_stages": 3,
+                },
+            ),
+            (
+                64,
+                {
+                    "BLOCK_M": 64,
+                    "BLOCK_N": 64,
+                    "BLOCK_K": 64,
+                    "GROUP": 8,
+                    "SPLITS": 16,
+                    "num_warps": 4,
+                    "num_stages": 3,
+                },
+            ),
+            (
+                None,
+                {
+                    "BLOCK_M": 128,
+                    "BLOCK_N": 128,
+                    "BLOCK_K": 32,
+                    "GROUP": 8,
+                    "SPLITS": 4,
+                    "num_warps": 8,
+                    "num_stages": 3,
+                },
+            ),
+        ],
+    },
 }

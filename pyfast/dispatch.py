@@ -30,8 +30,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: op -> device type -> backends, best first. A device type that is not listed gets "torch". A backend that stands in
 #: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("cpu", "torch")},
-    "attention_varlen": {"cpu": ("cpu", "torch")},
+    "attention": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "linear_cross_entropy": {"cpu": ("cpu", "torch")},
     "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
@@ -40,11 +40,14 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "rms_norm": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "layer_norm": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "rope": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "lora_linear": {"cpu": ("cpu", "torch")},
-    "lora_linears": {"cpu": ("cpu", "torch")},
-    "lora_mlp": {"cpu": ("cpu", "torch")},
+    "lora_linear": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "lora_linears": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "lora_mlp": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "dropout": {"cpu": ("cpu", "torch")},
 }
+
+#: ops that multiply matrices
+MATRIX_OPS = ("attention", "attention_varlen", "linear_cross_entropy", "lora_linear", "lora_linears", "lora_mlp")
 
 _overrides: dict[str | None, str] = {}
 
@@ -104,8 +107,11 @@ def refusal(backend: str, op: str, tensor: torch.Tensor) -> str | None:
     if tensor.dtype not in KERNEL_DTYPES:
         return f"its kernels serve float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
     nvidia = tensor.device.type == "cuda" and not torch.version.hip
-    if nvidia and tensor.dtype == torch.bfloat16 and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        return "this GPU has no bfloat16 (compute capability 8.0 or later has): use float16"
+    if nvidia and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        if tensor.dtype == torch.bfloat16:
+            return "this GPU has no bfloat16 (compute capability 8.0 or later has): use float16"
+        if op in MATRIX_OPS:
+            return "Triton uses the tensor cores of compute capability 8.0 and later only"
     return None
 
 

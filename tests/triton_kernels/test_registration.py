@@ -12,6 +12,19 @@ x, up, bias, rstd = torch.randn(5, 40)[:, :33], torch.randn(5, 33), torch.randn(
 target = torch.tensor([3, 32, 2, 0, -100])
 heads, angles = torch.randn(2, 4, 7, 20), torch.randn(2, 7, 18)
 
+q, kv = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16)
+seed, cu_q, cu_k = torch.tensor(3), torch.tensor([0, 4, 9]), torch.tensor([0, 7, 12])
+packed_q, packed_kv = torch.randn(9, 4, 16), torch.randn(12, 2, 16)
+batched = (torch.randn(4), torch.rand(1, 12) < 0.7, torch.randn(1, 1, 9, 12), seed, None, None, 0, 0.3, 5.0, 6, 0, 0.2)
+packed = (None, None, None, None, cu_q, cu_k, 7, 0.3, 0.0, -1, 0, 0.0)
+sums, packed_sums = torch.randn(1, 4, 9), torch.randn(4, 9)
+w, a, b = torch.randn(2, 20, 33), torch.randn(2, 3, 33), torch.randn(2, 20, 3)
+projections = ([*w], [*a], [*b], [2.0, 0.5], [bias[:20], None], 0.3, [seed, seed])
+down = torch.randn(33, 20), torch.randn(5, 20), torch.randn(33, 5)
+mlp = ([*w, down[0]], [*a, down[1]], [*b, down[2]], [2.0, 0.5, 1.0], [None] * 3, 0.0, [None] * 3)
+rows = torch.randn(7, 33)
+hidden = [torch.randn(7, 20), torch.randn(7, 20)]
+
 #: schema -> arguments of a few calls
 CALLS = {
     "gated": [(x, up, "silu"), (up, up, "gelu")],
@@ -26,6 +39,21 @@ CALLS = {
     "norm_backward": [
         (up, None, x, torch.empty(0), rstd, bias, None, 0.5, False, True, False),
         (up, x, x, rstd, rstd, torch.randn(5, 33), bias, 0.0, True, True, True),
+    ],
+    "attention": [(q, kv, kv, *batched), (packed_q, packed_kv, packed_kv, *packed)],
+    "attention_backward": [
+        (q, sums, q, kv, kv, q, sums, sums, *batched, True),
+        (packed_q, None, packed_q, packed_kv, packed_kv, packed_q, packed_sums, packed_sums, *packed, False),
+    ],
+    "dequantize": [(torch.randint(256, (40, 1), dtype=torch.uint8), torch.rand(5), [0.5] * 16, 1, 80, 1, 16, x.dtype)],
+    "lora_linears": [(rows, *projections)],
+    "lora_linears_backward": [
+        (hidden, rows, torch.randn(7, 6), *projections, [True] * 8 + [False]),
+        (hidden, None, None, *projections, [True] + [False] * 8),
+    ],
+    "lora_mlp": [(rows, *mlp, "silu")],
+    "lora_mlp_backward": [
+        (rows, rows, hidden, torch.randn(7, 6), torch.randn(7, 5), *mlp, "gelu", [True] + [True, True, True, False] * 3)
     ],
     "rope": [
         (heads, angles, angles, False, False),

@@ -1,0 +1,233 @@
+"""LoRA in Triton: every product of a projection and of its gradients is one kernel,
+
+    C = alpha · A B + bias + scale · U V + ADD
+
+in which the adapter's product U V rides in the epilogue of the large one, and dropout, replayed from its seed, acts on
+A (x, before lora_A) or on U V (in dx). A gradient of an adapter sums over all rows into a small matrix: there the sum
+is split, each part goes to its own place, and torch adds the parts in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pyfast.kernels import launch
+from pyfast.kernels.activation import activation_of
+from pyfast.kernels.philox import kept, threshold
+
+
+@triton.jit
+def matmul_kernel(
+    A,
+    B,
+    C,
+    ADD,
+    BIAS,
+    U,
+    V,
+    SEED,
+    m,
+    n,
+    k,
+    rank,
+    k_per_split,
+    a_stride_m,
+    a_stride_k,
+    b_stride_k,
+    b_stride_n,
+    c_stride_split,
+    c_stride_m,
+    u_stride_m,
+    v_stride_r,
+    v_stride_n,
+    alpha,
+    scale,
+    dropout_threshold,
+    dropout_stride_m,
+    dropout_stride_k,
+    DROP_A: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A (m, k), B (k, n), U (m, rank), V (rank, n); C and ADD (m, n) have unit strides in n. The index of an element
+    for dropout is row * dropout_stride_m + column * dropout_stride_k, of A with DROP_A, else of C."""
+    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    split, program = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
+    # GROUP tiles of rows at a time, so that programs that run together read the same parts of A and B
+    group = program // (GROUP * tiles_n)
+    group_rows = tl.minimum(GROUP, tiles_m - group * GROUP)
+    tile_m = group * GROUP + program % (GROUP * tiles_n) % group_rows
+    tile_n = program % (GROUP * tiles_n) // group_rows
+    row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
+    column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
+    end = tl.minimum(k, (split + 1) * k_per_split)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(split * k_per_split, end, BLOCK_K):
+        across = (start + tl.arange(0, BLOCK_K)[None, :]).to(tl.int64)
+        down = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
+        a = tl.load(A + row * a_stride_m + across * a_stride_k, mask=(row < m) & (across < end), other=0.0)
+        b = tl.load(B + down * b_stride_k + column * b_stride_n, mask=(down < end) & (column < n), other=0.0)
+        if DROP_A:
+            index = row * dropout_stride_m + across * dropout_stride_k
+            a = tl.where(kept(tl.load(SEED), index, dropout_threshold), a, 0.0)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    acc *= alpha
+    inside = (row < m) & (column < n)
+    if BIAS is not None:
+        acc += tl.load(BIAS + column, mask=column < n, other=0.0).to(tl.float32)
+    if U is not None:
+        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            across = start + tl.arange(0, BLOCK_R)[None, :]
+            down = start + tl.arange(0, BLOCK_R)[:, None]
+            u = tl.load(U + row * u_stride_m + across, mask=(row < m) & (across < rank), other=0.0)
+            v = tl.load(V + down * v_stride_r + column * v_stride_n, mask=(down < rank) & (column < n), other=0.0)
+            u, v = u.to(A.dtype.element_ty), v.to(A.dtype.element_ty)
+            product = tl.dot(u, v, product, input_precision="ieee")
+        product *= scale
+        if SEED is not None and not DROP_A:
+            index = row * dropout_stride_m + column * dropout_stride_k
+            product = tl.where(kept(tl.load(SEED), index, dropout_threshold), product, 0.0)
+        acc += product
+    if ADD is not None:
+        acc += tl.load(ADD + row * n + column, mask=inside, other=0.0)
+    at = split.to(tl.int64) * c_stride_split + row * c_stride_m + column
+    tl.store(C + at, acc.to(C.dtype.element_ty), mask=inside)
+
+
+def matmul(
+    a, b, dtype, *, out=None, add=None, bias=None, adapter=None, alpha=1.0, dropout=None, drop_a=False, split=False
+):
+    """alpha · a b + bias + scale · u v + add, (m, n) in `dtype`.
+
+    a (m, k), b (k, n): any strides. adapter: (u (m, rank) fp32 of unit stride, v (rank, n), scale). dropout: (seed, p,
+    strides of the logical index by row and column), of a with drop_a, else of the adapter's product; the kept elements
+    are scaled by 1 / (1 - p). split: whether the sum over k may be cut into parts.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    u, v, scale = adapter or (None, None, 0.0)
+    seed, p, strides = dropout or (None, 0.0, (0, 0))
+    rank = 0 if u is None else u.shape[1]
+    tile = dict(launch.tile(matmul_kernel, a.device, n))
+    splits = min(tile.pop("SPLITS"), max(1, triton.cdiv(k, tile["BLOCK_K"]))) if split else 1
+    k_per_split = triton.cdiv(triton.cdiv(k, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
+    tile.pop("SPLITS", None)
+    if out is None:
+        out = a.new_empty((m, n), dtype=dtype)
+    c = out if splits == 1 else a.new_empty((splits, m, n), dtype=torch.float32)
+    kept_scale = 1 / (1 - p)
+    launch.run(
+        matmul_kernel,
+        triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]) * splits,
+        a,
+        b,
+        c,
+        add,
+        None if bias is None else bias.contiguous(),
+        u,
+        v,
+        seed,
+        m,
+        n,
+        k,
+        rank,
+        k_per_split,
+        *a.stride(),
+        *b.stride(),
+        0 if splits == 1 else c.stride(0),
+        c.stride(-2),
+        0 if u is None else u.stride(0),
+        *((0, 0) if v is None else v.stride()),
+        float(alpha * (kept_scale if drop_a else 1)),
+        float(scale * (1 if drop_a else kept_scale)),
+        threshold(p),
+        *strides,
+        DROP_A=drop_a and seed is not None,
+        BLOCK_R=min(64, max(16, triton.next_power_of_2(rank))),
+        **tile,
+    )
+    return out if splits == 1 else out.copy_(c.sum(0))
+
+
+def _projections(weight, lora_A, lora_B, scaling, bias, seed):
+    return list(zip(weight, lora_A, lora_B, scaling, bias, seed, strict=True))
+
+
+def _forward(x, projections, dropout_p):
+    """(results, h) of lora_linears."""
+    ranks = [0 if p[1] is None else len(p[1]) for p in projections]
+    h = x.new_empty((len(x), sum(ranks)), dtype=torch.float32)
+    parts, results = h.split(ranks, 1), []
+    for (weight, lora_A, lora_B, scaling, bias, seed), part in zip(projections, parts, strict=True):
+        adapter = None
+        if lora_A is not None:
+            dropout = (seed, dropout_p, (x.shape[1], 1)) if dropout_p > 0 else None
+            matmul(x, lora_A.T, torch.float32, out=part, dropout=dropout, drop_a=True)
+            adapter = (part, lora_B.T, scaling)
+        results.append(matmul(x, weight.T, x.dtype, bias=bias, adapter=adapter))
+    return results, h
+
+
+def _backward(dy, x, h, projections, dropout_p, wanted):
+    """The wanted gradients, of x and then of each projection's weight, lora_A, lora_B and bias."""
+    ranks = [0 if p[1] is None else len(p[1]) for p in projections]
+    parts = [None] * len(ranks) if h is None else h.split(ranks, 1)
+    dx, gradients = None, []
+    for i, ((weight, lora_A, lora_B, scaling, bias, seed), part) in enumerate(zip(projections, parts, strict=True)):
+        d, (need_weight, need_A, need_B, need_bias) = dy[i], wanted[1 + 4 * i : 5 + 4 * i]
+        adapter, columns = None, weight.shape[1]
+        if lora_A is not None and (wanted[0] or need_A):
+            adapter = (matmul(d, lora_B, torch.float32), lora_A, scaling)
+        dropout = (seed, dropout_p) if dropout_p > 0 and lora_A is not None else None
+        if wanted[0]:
+            last = i == len(projections) - 1
+            drop = dropout and (*dropout, (columns, 1))
+            dx = matmul(d, weight, d.dtype if last else torch.float32, add=dx, adapter=adapter, dropout=drop)
+        if need_weight:
+            gradients.append(matmul(d.T, x, weight.dtype))
+        if need_A:
+            drop = dropout and (*dropout, (1, columns))
+            by_column = matmul(x.T, adapter[0], lora_A.dtype, alpha=scaling, dropout=drop, drop_a=True, split=True)
+            gradients.append(by_column.T.contiguous())
+        if need_B:
+            gradients.append(matmul(d.T, part, lora_B.dtype, alpha=scaling, split=True))
+        if need_bias:
+            gradients.append(d.sum(0, dtype=torch.float32).to(bias.dtype))
+    return [dx, *gradients] if wanted[0] else gradients
+
+
+@launch.launcher
+def lora_linears(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
+    return _forward(x, _projections(weight, lora_A, lora_B, scaling, bias, seed), dropout_p)
+
+
+@launch.launcher
+def lora_linears_backward(dy, x, h, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, wanted):
+    return _backward(dy, x, h, _projections(weight, lora_A, lora_B, scaling, bias, seed), dropout_p, wanted)
+
+
+@launch.launcher
+def lora_mlp(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, activation):
+    *first, down = _projections(weight, lora_A, lora_B, scaling, bias, seed)
+    hidden, h = _forward(x, first, dropout_p)
+    (y,), h_down = _forward(activation_of(hidden, activation), [down], dropout_p)
+    return y, hidden, h, h_down
+
+
+@launch.launcher
+def lora_mlp_backward(
+    dy, x, hidden, h, h_down, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, activation, wanted
+):
+    *first, down = _projections(weight, lora_A, lora_B, scaling, bias, seed)
+    wanted_first, wanted_down = wanted[: 1 + 4 * len(first)], wanted[1 + 4 * len(first) :]
+    below = any(wanted_first)
+    inner = activation_of(hidden, activation) if wanted_down[0] or wanted_down[1] else None
+    found = _backward([dy], inner, h_down, [down], dropout_p, [below, *wanted_down])
+    if not below:
+        return found
+    dinner, *gradients = found
+    dhidden = activation_of(hidden, activation, dinner)
+    return [*_backward(dhidden, x, h, first, dropout_p, wanted_first), *gradients]

@@ -1,0 +1,132 @@
+"""Plants errors in the Triton kernels, one at a time, and shows that the tests catch every one of them.
+
+    python tests/triton_kernels/mutate.py [NAME ...] [--jobs 2]
+
+Each runs the named tests in a copy of the package in which one piece of a kernel was replaced; it is caught if they
+fail. Exit status 1, with the survivors' names, if any is not.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Mutation(NamedTuple):
+    """In kernels/<file>.py, every occurrence of `old` becomes `new`; tests/triton_kernels/test_op_<file>.py -k `tests`
+    must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+RULE = "test_error_rule and float32"
+MUTATIONS = [
+    Mutation("silu's slope", "activation", "s * (1 + x * (1 - s))", "s * (1 - x * (1 - s))", f"{RULE} and swiglu"),
+    Mutation("gelu's density", "activation", "tl.exp(-0.5 * x * x)", "tl.exp(-x * x)", f"{RULE} and geglu"),
+    Mutation("a column too many", "activation", "column < columns)", "column <= columns)", f"{RULE} and swiglu"),
+    Mutation("a row too many", "activation", "(row < rows) &", "(row <= rows) &", f"{RULE} and gelu_bias"),
+    Mutation("swapped strides", "activation", "row * up_stride", "row * gate_stride", "strides_of_their_own"),
+    Mutation("one partial sum", "activation", "PARTIAL + first * columns", "PARTIAL", f"{RULE} and gelu_bias"),
+    Mutation("no eps", "norm", "/ columns + eps)", "/ columns)", "test_each_term_dominates and float32"),
+    Mutation("no mean in the gradient", "norm", "if CENTER:\n            dx -=", "if 0:\n            dx -=", RULE),
+    Mutation("no projection in the gradient", "norm", "dx = g - normed *", "dx = g - 0 * normed *", RULE),
+    Mutation("no weight offset", "norm", "tl.float32) + weight_offset", "tl.float32)", "test_weight_offset"),
+    Mutation("the weight's lines", "norm", "row % bias_lines", "row % weight_lines", "test_weight_per_head and layer"),
+    Mutation("a line's rows", "norm", "row = at * lines + line", "row = at + line * line_rows", "test_weight_per_head"),
+    Mutation("gradient of the sum", "norm", "dx += tl.load(DSUM", "dx -= tl.load(DSUM", RULE),
+    Mutation("unmasked mean", "norm", "h = tl.where(inside, h - mean, 0.0)", "h = h - mean", f"{RULE} and layer"),
+    Mutation("dropped rescale", "cross_entropy", "total * tl.exp(m - shift)", "total", "largest_logit_moves"),
+    Mutation("smoothing's sign", "cross_entropy", "log_total - below)", "log_total + below)", f"{RULE} and smoothing"),
+    Mutation("shifted smoothing", "cross_entropy", "weights * (m - shift)", "0.0", "largest_logit or magnitudes"),
+    Mutation("softcap's slope", "cross_entropy", "dx_target, dx) * slope", "dx_target, dx)", f"{RULE} and softcap"),
+    Mutation("z-loss's factor", "cross_entropy", "square = 2 *", "square = 1 *", f"{RULE} and z_loss"),
+    Mutation("the target's weight", "cross_entropy", "label_smoothing.to(tl.float64)) * target_weight",
+             "label_smoothing.to(tl.float64))", f"{RULE} and weight"),
+    Mutation("targets unchecked", "cross_entropy", "(target < classes)", "(target <= classes)", "out_of_range"),
+    Mutation("a class too many", "cross_entropy", "begin + at < classes", "begin + at <= classes", RULE),
+    Mutation("the inverse turn", "rope", "= -sin_b, -sin_a", "= -sin_a, -sin_b", "any_values and float32"),
+    Mutation("the position", "rope", "position * angle_seq_stride", "head * angle_seq_stride", RULE),
+    Mutation("the partner", "rope", "pair + width // 2", "pair + dim // 2", RULE),
+    Mutation("the angle's sign", "rope", "a * cos_a - b * sin_a", "a * cos_a + b * sin_a", RULE),
+    Mutation("no rest", "rope", "rest < dim", "rest < dim - 1", RULE),
+    Mutation("causal off by one", "attention", "offset <= right", "offset < right", f"{RULE} and causal"),
+    Mutation("window off by one", "attention", "offset >= -left", "offset > -left", f"{RULE} and window"),
+    Mutation("top-left alignment", "attention", "j - (i + (keys - queries))", "j - i", f"{RULE} and causal-fewer"),
+    Mutation("first key of the window", "attention", "first + (keys - queries) - left", "first - left + BLOCK_N",
+             f"{RULE} and window"),
+    Mutation("last key", "attention", "first + BLOCK_M + (keys - queries) + right", "first + BLOCK_M + right",
+             f"{RULE} and causal-fewer"),
+    Mutation("accumulator not rescaled", "attention", "acc * rescale", "acc", f"{RULE} and scale-sharp"),
+    Mutation("sink not rescaled", "attention", "acc *= rescale", "acc *= 1.0", f"{RULE} and sinks"),
+    Mutation("no scale in dq", "attention", "(acc * scale)", "(acc)", f"{RULE} and plain"),
+    Mutation("no scale in dk", "attention", "(dk * scale)", "(dk)", f"{RULE} and plain"),
+    Mutation("no delta in dk", "attention", "p * (dp - delta) * slope", "p * dp * slope", f"{RULE} and plain"),
+    Mutation("no slope of softcap", "attention", "(ds * slope)", "(ds)", f"{RULE} and softcap"),
+    Mutation("the group's head", "attention", "kv_head * group + member", "kv_head + member", f"{RULE} and grouped"),
+    Mutation("the key's head", "attention", "head // group", "head % group", f"{RULE} and grouped"),
+    Mutation("key mask ignored", "attention", "if MASK is not None:\n        found", "if 0:\n        found",
+             f"{RULE} and padding"),
+    Mutation("gradient of lse", "attention", "delta -= tl.load(DLSE", "delta += tl.load(DLSE", f"{RULE} and lse"),
+    Mutation("dropout not scaled", "attention", "used = tl.where(keep, p * dropout_scale", "used = tl.where(keep, p",
+             f"{RULE} and dropout"),
+    Mutation("sequence found too late", "attention", "+ middle <= tile", "+ middle < tile", "varlen_error_rule"),
+    Mutation("the keys' begin", "attention", "k_begin * v_stride_n", "q_begin * v_stride_n", "varlen_error_rule"),
+    Mutation("the words of Philox", "philox", "word == 2, w2, w3", "word == 2, w3, w2", f"{RULE} and dropout"),
+]  # fmt: skip
+
+
+def caught(mutation: Mutation) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("pyfast", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
+        shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        kernel = copy / "kernels" / f"{mutation.file}.py"
+        source = kernel.read_text()
+        if mutation.old not in source:
+            raise ValueError(f"{mutation.name}: kernels/{mutation.file}.py has no {mutation.old!r} any more")
+        kernel.write_text(source.replace(mutation.old, mutation.new))
+        tests = "attention" if mutation.file == "philox" else mutation.file
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", mutation.tests]
+        result = subprocess.run(
+            [*command, f"tests/triton_kernels/test_op_{tests}.py"],
+            cwd=copy,
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode not in (0, 1):
+            raise RuntimeError(f"{mutation.name}: pytest ended with {result.returncode}\n{result.stdout[-2000:]}")
+        return result.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of the mutations; all by default")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.names or m.name in options.names]
+    survivors = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutation, was_caught in zip(chosen, pool.map(caught, chosen), strict=True):
+            print(f"{'caught  ' if was_caught else 'SURVIVED'}  {mutation.file}: {mutation.name}", flush=True)
+            if not was_caught:
+                survivors.append(mutation.name)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted errors caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
