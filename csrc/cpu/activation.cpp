@@ -1,6 +1,8 @@
 // One pass over the inputs forward, one backward; nothing is kept but the inputs.
 #include "cpu/activation.h"
 
+#include <type_traits>
+
 #include "cpu/activation_math.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
@@ -37,7 +39,7 @@ void gated_forward(Rows gate, Rows up, MutableRows y, int64_t rows, int64_t cols
     const T *g = at<T>(gate, row, col), *u = at<T>(up, row, col);
     T* out = at<T>(y, row, col);
     for_lanes(n, [=](int64_t i, int lanes) {
-      store_any(out + i, A::value(load_any(g + i, lanes)) * load_any(u + i, lanes), lanes);
+      store_any(out + i, A::template value<T>(load_any(g + i, lanes)) * load_any(u + i, lanes), lanes);
     });
   });
 }
@@ -49,7 +51,7 @@ void gated_back(Rows dy, Rows gate, Rows up, MutableRows dgate, MutableRows dup,
     T *dg = at<T>(dgate, row, col), *du = at<T>(dup, row, col);
     for_lanes(n, [=](int64_t i, int lanes) {
       fvec dv = load_any(d + i, lanes);
-      ValueSlope a = A::both(load_any(g + i, lanes));
+      ValueSlope a = A::template both<T>(load_any(g + i, lanes));
       store_any(dg + i, dv * load_any(u + i, lanes) * a.slope, lanes);
       store_any(du + i, dv * a.value, lanes);
     });
@@ -65,7 +67,7 @@ void activate_forward(Rows x, const float* bias, MutableRows y, int64_t rows, in
     for_lanes(n, [=](int64_t i, int lanes) {
       fvec v = load_any(in + i, lanes);
       if (b) v += load_any(b + i, lanes);
-      store_any(out + i, A::value(v), lanes);
+      store_any(out + i, A::template value<T>(v), lanes);
     });
   });
 }
@@ -75,7 +77,8 @@ PF_INLINE void activate_back_row(const T* d, const T* x, const float* bias, T* d
   for_lanes(n, [=](int64_t i, int lanes) {
     fvec v = load_any(x + i, lanes);
     if (bias) v += load_any(bias + i, lanes);
-    fvec g = load_any(d + i, lanes) * A::both(v).slope;
+    fvec g =
+        load_any(d + i, lanes) * A::template both<std::conditional_t<Sum, float, T>>(v).slope;  // dbias may be fp32
     store_any(dx + i, g, lanes);
     if constexpr (Sum) store_any(total + i, load_any(total + i, lanes) + g, lanes);
   });

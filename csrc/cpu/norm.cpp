@@ -3,6 +3,8 @@
 // mean and no mean(g). The sums over rows for weight and bias are reproducible (rows.h).
 #include "cpu/norm.h"
 
+#include <utility>
+
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/vec.h"
@@ -43,11 +45,13 @@ void forward(NormShape s, Rows x, Rows residual, const float* weight, const floa
         for_lanes(s.cols, [&](int64_t i, int lanes) { total += load_any(in + i, lanes); });
         m = mean[row] = hsum(total) / s.cols;
       }
-      fvec squares{};
+      fvec squares{}, odd{};  // two chains of additions: one would wait for itself
       for_lanes(s.cols, [&](int64_t i, int lanes) {
         fvec v = masked(load_any(in + i, lanes) - m, lanes);
         squares += v * v;
+        std::swap(squares, odd);
       });
+      squares += odd;
       float r = rstd[row] = float(1. / std::sqrt(double(hsum(squares)) / s.cols + eps));  // one rounding, not three
       const float* w = weight + row % s.weight_lines * s.cols;
       const float* b = bias ? bias + row % s.bias_lines * s.cols : nullptr;
