@@ -139,8 +139,9 @@ def _worse(name, found):
     return Comparison(name, *max(found, key=lambda f: float("inf") if f[0] != f[0] else f[0] / max(f[1], 1e-300)))
 
 
-#: of `compare_stock`, per unit roundoff class: the share of a tensor's norm that patched and stock may differ by
-WEAK = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+#: of `compare_stock`: the share of a tensor's norm that patched and stock may differ by, a tenth of it for a loss.
+#: Seen in bf16: 3 % in 8 layers of width 768.
+WEAK = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
 def compare_stock(got: Step, own: Step, dtype: torch.dtype) -> list[Comparison]:
@@ -153,7 +154,7 @@ def compare_stock(got: Step, own: Step, dtype: torch.dtype) -> list[Comparison]:
     for name in ("loss", "eval_loss"):
         if getattr(own, name) is not None:
             ours, theirs = float(getattr(got, name)), float(getattr(own, name))
-            rows.append(Comparison(name.replace("_", " "), abs(ours - theirs), share * abs(theirs), abs(theirs)))
+            rows.append(Comparison(name.replace("_", " "), abs(ours - theirs), 0.1 * share * abs(theirs), abs(theirs)))
     if own.logits is not None:
         size = float(own.logits.double().norm())
         rows.append(Comparison("logits", float((got.logits.double() - own.logits).norm()), share * size, size))
