@@ -11,7 +11,7 @@ import json
 import numpy as np
 from datasets import load_dataset
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import pyfast
 
@@ -25,6 +25,7 @@ parser.add_argument("--output_dir", default="trainer_bert_output")
 parser.add_argument("--stock", action="store_true", help="leave the added line out")
 args = parser.parse_args()
 
+set_seed(0)  # the head's first weights
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 dataset = load_dataset("csv", data_files={"train": args.train, "dev": args.dev}, delimiter="\t", quoting=3)
 dataset["train"] = dataset["train"].select(range(min(args.max_train_samples, len(dataset["train"]))))
