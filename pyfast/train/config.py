@@ -98,11 +98,16 @@ class FinetuneArguments(TrainingArguments, PyFastArguments):
             raise InputError(f"--dtype {self.dtype!r} is not known: choose auto, float32 or bfloat16")
         if self.lora_r < 1:
             raise InputError(f"--lora_r must be at least 1, got {self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout is a share in [0, 1), got {self.lora_dropout}")
+        if self.learning_rate is not None and self.learning_rate < 0:
+            raise InputError(f"--learning_rate must not be negative, got {self.learning_rate}")
         if self.merge and not self.use_peft:
             raise InputError("--merge folds adapters into the weights, and --use_peft False trains without adapters")
         if not 0 <= self.validation_split < 1:
             raise InputError(f"--validation_split is a share in [0, 1), got {self.validation_split}")
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "early_stopping_patience"):
+        counts = ("max_length", "max_train_samples", "max_eval_samples", "early_stopping_patience")
+        for name in (*counts, "per_device_train_batch_size", "per_device_eval_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
@@ -195,9 +200,13 @@ def parse_arguments(arguments_class: type, argv: list[str]) -> Any:
             near = difflib.get_close_matches(name, names, n=1)
             raise InputError(f"there is no option --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
     try:
-        (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        arguments, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
     except InputError:
         raise
     except (ValueError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from None
+    if rest:
+        raise InputError(f"{' '.join(rest)!r} belongs to no option: options are written --name value")
     return arguments

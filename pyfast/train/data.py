@@ -163,6 +163,9 @@ def encode(rows: Dataset, task, split: str) -> Encoded:
         supervised = any(label != -100 for label in labels) if isinstance(labels, list) else True
         return {**features, "_truncated": truncated, "_supervised": supervised}
 
+    for column in task.columns.values():
+        if column not in rows.column_names:
+            raise InputError(f"the {split} rows have no column {column!r}: theirs are {', '.join(rows.column_names)}")
     encoded = rows.map(with_flags, with_indices=True, remove_columns=rows.column_names, desc=f"tokenize {split}")
     truncated = sum(encoded["_truncated"])
     keep = [i for i, supervised in enumerate(encoded["_supervised"]) if supervised]
@@ -180,6 +183,27 @@ def hold_out(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encode
         return encoded, None
     parts = encoded.rows.train_test_split(test_size=count, seed=seed)
     return Encoded(parts["train"], encoded.truncated, encoded.dropped), Encoded(parts["test"], 0, 0)
+
+
+@torch.no_grad()
+def check_causal(model: torch.nn.Module) -> None:
+    """Refuse to train an encoder to generate: a token that sees the ones behind it learns to copy its label.
+
+    Changing the last token of a row must not change the logits before it.
+    """
+    generator, words = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
+    rows = torch.randint(words, (1, 8), generator=generator).repeat(2, 1).to(model.device)
+    rows[1, -1] = (rows[0, -1] + 1) % words
+    training = model.training
+    model.eval()
+    logits = model(input_ids=rows, use_cache=False).logits.float()
+    model.train(training)
+    change = (logits[0] - logits[1]).abs()
+    if change[:-1].max() > 0.01 * change[-1].max():
+        raise InputError(
+            f"{type(model).__name__} sees the tokens behind each token, so it cannot learn to generate text: choose a "
+            "causal language model, or --task text-classification or token-classification"
+        )
 
 
 @torch.no_grad()

@@ -57,6 +57,8 @@ def hub_options(args) -> dict:
 def load_tokenizer(name: str, split_words: bool, **options) -> PreTrainedTokenizerBase:
     # byte-level BPE needs a space before each word that comes alone
     tokenizer = load(AutoTokenizer, name, **options, **({"add_prefix_space": True} if split_words else {}))
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files
+        raise InputError(f"{name} has no tokenizer: its vocabulary holds special tokens alone")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:

@@ -49,11 +49,15 @@ def cell(row: dict, column: str) -> str:
     """A cell as text. Raises InputError where it is missing or empty of value."""
     if row.get(column) is None:
         raise InputError(f"the column {column!r} holds no value")
+    if isinstance(row[column], (list, dict)):
+        raise InputError(f"the column {column!r} holds a {type(row[column]).__name__} where text is expected")
     return str(row[column])
 
 
 def label_name(value) -> str:
     """A label's name: "1" for 1, 1.0 and "1"."""
+    if isinstance(value, (list, dict)):
+        raise InputError(f"a label is one value, got {value}: each row has one label")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
@@ -94,6 +98,12 @@ class Task:
 
     def encode(self, row: dict) -> tuple[dict, bool]:
         raise NotImplementedError
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that it reads, by what they are to it."""
+        names = ("text", "label", "prompt", "completion", "messages")
+        return {name: column for name in names if (column := getattr(self, name, None)) is not None}
 
     def label_id(self, value, labels: list[str]) -> int:
         name = labels[value] if isinstance(value, int) and self.class_labels else label_name(value)
@@ -176,6 +186,8 @@ class TokenClassification(Task):
     def encode_input(self, row):
         options = {"is_split_into_words": True, "truncation": True, "max_length": self.max_length}
         words = split_words(row[self.text])
+        if not all(isinstance(word, str) for word in words):
+            raise InputError(f"the column {self.text!r} must hold a list of words, got {words}")
         encoded = self.tokenizer(words, **options)
         word_ids = encoded.word_ids()
         reached = max((word for word in word_ids if word is not None), default=-1)
@@ -260,7 +272,10 @@ class TextGeneration(Task):
         if self.messages:
             return self.chat_segments(row[self.messages], 0)
         if self.chat:
-            return self.chat_segments(row[self.prompt] + row[self.completion], len(row[self.prompt]))
+            prompt, completion = row[self.prompt], row[self.completion]
+            if not (isinstance(prompt, list) and isinstance(completion, list)):
+                raise InputError(f"{self.prompt!r} and {self.completion!r} are both text or both lists of messages")
+            return self.chat_segments(prompt + completion, len(prompt))
         if self.prompt:
             return [(cell(row, self.prompt), False, True), (cell(row, self.completion), True, False)]
         return [(cell(row, self.text), True, True)]
@@ -271,7 +286,10 @@ class TextGeneration(Task):
         Where the template renders a turn differently once others follow it (it drops the reasoning of earlier turns),
         only the last turn is supervised.
         """
-        if not messages or not all(isinstance(m, dict) and m.get("role") for m in messages):
+        if not messages or not all(
+            isinstance(m, dict) and m.get("role") and (m.get("content") is not None or m.get("tool_calls"))
+            for m in messages
+        ):
             raise InputError("a conversation is a list of {'role': ..., 'content': ...}, and not empty")
 
         def render(upto: int, **options) -> str:

@@ -135,6 +135,8 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: i for i, name in enumerate(task.labels)}
     model = models.load_model(args, task, config)
+    if task_class is TextGeneration:
+        data.check_causal(model)
     if args.use_peft:
         model = models.add_adapters(model, args, task)
     if args.freeze:
@@ -156,6 +158,9 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
 
     # Train
     clock, interrupt, metrics = Clock(), SaveOnInterrupt(), task.metrics()
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in metrics.columns:
+        raise InputError(f"--metric_for_best_model {best} is not measured: choose from {', '.join(metrics.columns)}")
     callbacks = [clock, interrupt]
     if args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
@@ -172,7 +177,7 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
             preprocess_logits_for_metrics=metrics.preprocess,
             callbacks=callbacks,
         )
-    except (ValueError, ImportError) as error:  # options that do not go together
+    except (ValueError, ImportError, OSError) as error:  # options that do not go together, a folder that cannot be made
         raise InputError(" ".join(str(error).split())) from None
     trainer.label_names = ["labels"]
     trainer.remove_callback(transformers.ProgressCallback)
@@ -201,11 +206,7 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
         "max_length": max_length,
         "chat": getattr(task, "chat", False),
         "labels": getattr(task, "labels", None),
-        "columns": {
-            name: value
-            for name in ("text", "label", "prompt", "completion", "messages")
-            if (value := getattr(task, name, None)) is not None
-        },
+        "columns": task.columns,
         "seed": args.seed,
         "dtype": args.dtype,
         "data": {"hashes": splits.hashes, "notes": splits.notes}

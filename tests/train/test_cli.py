@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,8 @@ LABELS = "text,label\na film,good\na food,bad\n"
         ("t.csv", LABELS, ["--resume_from_checkpoint", "nowhere"], "nowhere"),
         ("t.csv", LABELS, ["--resume_from_checkpoint", "True"], "no checkpoint"),
         ("t.csv", LABELS, ["--early_stopping_patience", "1"], "validation"),
+        ("t.jsonl", '{"text": "a", "label": [1, 0]}\n', [], "a label is one value"),
+        ("t.csv", LABELS, ["--metric_for_best_model", "bleu"], "bleu is not measured"),
         ("t.csv", LABELS, ["--fsdp", "full_shard"], "distributed"),
         ("t.csv", LABELS, ["--load_best_model_at_end", "--save_strategy", "no"], "load_best_model_at_end"),
     ],
@@ -89,6 +92,26 @@ def test_a_label_never_seen_in_training(models, tmp_path, write):
     train, validation = write("t.csv", LABELS), write("v.csv", "text,label\na film,good\na film,superb\n")
     result = finetune(models["bert"], train, tmp_path / "out", "--validation_file", validation)
     refused(result, tmp_path / "out", "superb", "never seen in training", "validation row 2")
+
+
+def test_validation_rows_without_the_column(models, tmp_path, write):
+    validation = write("v.csv", "body,label\na film,good\n")
+    result = finetune(models["bert"], write("t.csv", LABELS), tmp_path / "out", "--validation_file", validation)
+    refused(result, tmp_path / "out", "validation rows have no column 'text'", "body, label")
+
+
+def test_an_output_folder_that_cannot_be_made(models, tmp_path, write):
+    write("file", "")
+    out = tmp_path / "file" / "out"
+    refused(finetune(models["bert"], write("t.csv", LABELS), out), tmp_path / "file" / "out", "file")
+
+
+def test_a_model_without_a_tokenizer(models, tmp_path, write):
+    folder = tmp_path / "model"
+    shutil.copytree(models["bert"], folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    refused(finetune(folder, write("t.csv", LABELS), tmp_path / "out"), tmp_path / "out", "no tokenizer")
 
 
 def test_missing_files_and_models(models, tmp_path, write):

@@ -182,6 +182,34 @@ def test_the_task_is_read_from_the_columns(columns, task):
     assert detect_task(DataArguments(), columns) == task
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("text-generation", [{"prompt": "a", "completion": ["b"]}], "holds a list where text is expected"),
+        ("text-generation", [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}], "both text or both"),
+        ("text-generation", [{"messages": [{"role": "user", "content": None}]}], "a conversation is"),
+        ("token-classification", [{"tokens": ["a", None], "tags": ["X", "O"]}], "a list of words"),
+        ("token-classification", [{"tokens": [["a"], ["b"]], "tags": ["X", "O"]}], "a list of words"),
+    ],
+)
+def test_cells_of_another_kind_name_the_row(llama, name, rows, message):
+    task = make_task(name, llama, rows)
+    with pytest.raises(InputError, match=f"train row 1: .*{message}"):
+        data.encode(Dataset.from_list(rows), task, "train")
+
+
+def test_only_causal_models_learn_to_generate(models):
+    from transformers import BertConfig, BertLMHeadModel
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = BertConfig(vocab_size=100, initializer_range=0.5, **shape)
+    with pytest.raises(InputError, match="BertLMHeadModel sees the tokens behind"):
+        data.check_causal(BertLMHeadModel(encoder))
+    data.check_causal(BertLMHeadModel(BertConfig(vocab_size=100, initializer_range=0.5, is_decoder=True, **shape)))
+    for name in ("llama", "gpt2"):
+        data.check_causal(AutoModelForCausalLM.from_pretrained(models[name]))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_packed_rows_do_not_see_each_other(models, name):
     """The loss of packed rows is the loss of the same rows padded, in the stock model too."""
