@@ -3,6 +3,8 @@
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". csrc/common/philox.h is the same in C++.
 """
 
+import numbers
+
 import torch
 
 _WORD = 0xFFFFFFFF
@@ -56,5 +58,7 @@ def seed_tensor(op: str, seed: int | torch.Tensor | None, device: torch.device) 
 
 
 def check_dropout(op: str, dropout_p: float) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real | torch.SymFloat):
+        raise TypeError(f"{op}: dropout_p is {dropout_p!r}, expected a number")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")

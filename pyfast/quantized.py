@@ -51,9 +51,15 @@ class QuantizedWeight:
     def __post_init__(self):
         if self.format not in ("nf4", "int8", "fp8"):
             raise ValueError(f"QuantizedWeight: format is {self.format!r}, expected 'nf4', 'int8' or 'fp8'")
+        for name, tensor in (("data", self.data), ("scale", self.scale)):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"QuantizedWeight: {name} is {type(tensor).__name__}, expected a torch.Tensor")
+        if len(self.shape) != 2 or min(self.shape) < 0:
+            raise ValueError(f"QuantizedWeight: shape is {self.shape}, expected (N, K)")
+        _check_blocksize(self.blocksize)
         n, k = self.shape
         if self.format == "nf4":
-            if n * k % self.blocksize or self.blocksize % 2:
+            if n * k % self.blocksize:
                 raise ValueError(
                     f"QuantizedWeight: nf4 weight of shape {(n, k)} is not made of whole blocks of {self.blocksize}"
                 )
@@ -86,6 +92,9 @@ class QuantizedWeight:
         cls, weight: torch.Tensor, format: str, *, blocksize: int = 64, tiles: bool = False
     ) -> "QuantizedWeight":
         """Rounds a floating (N, K) weight to `format`. tiles: for fp8, a scale per 128 x 128 tile instead of one."""
+        if weight.dim() != 2:
+            raise ValueError(f"QuantizedWeight: weight has shape {tuple(weight.shape)}, expected (N, K)")
+        _check_blocksize(blocksize)
         n, k = weight.shape
         w = weight.detach().float()
         if format == "nf4":
@@ -125,6 +134,13 @@ class QuantizedWeight:
         if getattr(weight, "SCB", None) is not None:
             return cls("int8", weight.data, weight.SCB.float().flatten() / 127, tuple(weight.shape))
         raise TypeError(f"QuantizedWeight: expected a quantised bitsandbytes weight, got {type(weight).__name__}")
+
+
+def _check_blocksize(blocksize):
+    if isinstance(blocksize, bool) or not isinstance(blocksize, int):
+        raise TypeError(f"QuantizedWeight: blocksize is {blocksize!r}, expected an int")
+    if blocksize < 2 or blocksize % 2:
+        raise ValueError(f"QuantizedWeight: blocksize is {blocksize}, expected an even number of 2 or more")
 
 
 def _spread(scale, n, k):

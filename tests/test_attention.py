@@ -485,6 +485,39 @@ def test_kernel_checks_its_arguments():
                 q, k, k, None, None, None, None, ends, torch.tensor(cu_k), *OPTIONS[:-1], 0.0
             )
 
+    for dtype in (torch.float32, torch.int16, torch.uint8):  # read as int64, they would be too short
+        with pytest.raises(RuntimeError, match="cu_seqlens_q must be int32 or int64"):
+            torch.ops.pyfast_cpu.attention(
+                q, k, k, None, None, None, None, ends.to(dtype), torch.tensor([0, 4, 12]), *OPTIONS[:-1], 0.0
+            )
+
+
+@pytest.mark.parametrize("queries", [3, 40])
+def test_window_beyond_everything(kernel, queries):
+    """No sum of a window and a position overflows."""
+    q, k, v = torch.randn(1, 2, queries, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
+    args = [x.requires_grad_() for x in (q, k, v)]
+    expected = run(attention, args, {}, *kernel)
+    for size in (90, 2**31, 2**62, 2**63 - 1):
+        actual = run(attention, args, {"window_size": (size, size)}, *kernel, cotangents=expected[2])
+        torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("queries", [3, 40])
+def test_nan_sink_passes(kernel, queries):
+    q, k, v = torch.randn(1, 2, queries, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
+    sinks = torch.tensor([math.nan, -math.inf])
+    with pyfast.use_backend(kernel[0], arch=kernel[1]):
+        out, plain = attention(q, k, v, sinks=sinks), attention(q, k, v)
+    assert out[:, 0].isnan().all()
+    torch.testing.assert_close(out[:, 1], plain[:, 1], rtol=0, atol=0)
+
+
+def test_meta():
+    """Shapes alone, as models on torch's meta device want them."""
+    q, k = torch.empty(2, 4, 5, 16, device="meta"), torch.empty(2, 2, 6, 16, device="meta")
+    assert attention(q, k, k, causal=True).shape == q.shape
+
 
 @pytest.mark.parametrize("case", ["grouped", "everything"])
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -507,6 +540,19 @@ def test_varlen_compile(dynamic):
     torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
 
 
+def test_compile_of_one_tensor_twice():
+    """One cu_seqlens for queries and keys, one tensor for keys and values."""
+    q, k, cu_seqlens = torch.randn(10, 2, 16), torch.randn(10, 2, 16), torch.tensor([0, 4, 10])
+    args = [q.requires_grad_(), k.requires_grad_()]
+
+    def op(q, k):
+        return attention_varlen(q, k, k, cu_seqlens, cu_seqlens, 6, 6)
+
+    expected = run(op, args, {}, "cpu")
+    actual = run(torch.compile(op, fullgraph=True, backend="aot_eager"), args, {}, "cpu", cotangents=expected[2])
+    torch.testing.assert_close(actual[:2], expected[:2])
+
+
 def test_inductor():
     args, options = inputs("sinks")
     compiled = torch.compile(lambda q, k, v: attention(q * 2, k, v, **options) + 1, fullgraph=True)
@@ -527,7 +573,13 @@ def test_inductor():
         ({"q": torch.randn(2, 3, 5, 16)}, ValueError, "3 heads.*with 2"),
         ({"q": torch.randn(2, 4, 5, 8)}, ValueError, "head width"),
         ({"q": torch.randn(3, 4, 5, 16)}, ValueError, "batch size of q, 3"),
+        ({"q": torch.randn(2, 4, 5, 16).to(torch.float8_e5m2)}, TypeError, "q is float8_e5m2"),
+        ({"q": torch.randn(2, 4, 5, 16).to_sparse()}, TypeError, "q is .*sparse_coo, expected .* dense"),
+        ({"scale": "a"}, TypeError, "scale is 'a', expected a number"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
+        ({"softcap": "a"}, TypeError, "softcap is 'a'"),
+        ({"softcap": math.inf}, ValueError, "softcap is inf, expected a positive, finite number"),
+        ({"window_size": (2**70, 0)}, ValueError, "window_size is"),
         ({"window_size": 5}, TypeError, "window_size is 5"),
         ({"window_size": (1.5, 0)}, TypeError, "two ints"),
         ({"window_size": (-2, 0)}, ValueError, "sizes of 0 or more"),
@@ -537,6 +589,7 @@ def test_inductor():
         ({"attn_bias": torch.ones(2, 4, 5, 7)}, ValueError, "attn_bias is .*broadcasts to"),
         ({"attn_bias": torch.ones(6, dtype=torch.bool)}, TypeError, "attn_bias is bool"),
         ({"dropout_p": 1.0, "seed": 0}, ValueError, "dropout_p is 1.0"),
+        ({"dropout_p": None}, TypeError, "dropout_p is None"),
         ({"dropout_p": 0.5, "seed": 1.5}, TypeError, "seed is float"),
     ],
 )
@@ -558,6 +611,8 @@ def test_bad_input(changes, error, words):
         ({"cu_seqlens_q": [0, 10]}, TypeError, "cu_seqlens_q is list"),
         ({"cu_seqlens_q": torch.tensor(3)}, ValueError, "\\(N \\+ 1,\\)"),
         ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q is 3, but cu_seqlens_q has a sequence of 4"),
+        ({"max_seqlen_q": None}, TypeError, "max_seqlen_q is None, expected an int"),
+        ({"max_seqlen_k": 6.0}, TypeError, "max_seqlen_k is 6.0, expected an int"),
     ],
 )
 def test_varlen_bad_input(changes, error, words):

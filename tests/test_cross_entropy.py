@@ -130,6 +130,18 @@ def test_backward_twice(dtype, reduction):
     assert torch.equal(first[0], torch.autograd.grad(loss, logits)[0])
 
 
+def test_backward_after_the_gradient_was_changed():
+    """A gradient that may be wanted again is not handed out itself: its receiver writes to it."""
+    (logits, target), _ = inputs(8, 33, torch.float32)
+    loss = cross_entropy(logits, target)
+    loss.backward(retain_graph=True)
+    first = logits.grad.clone()
+    for _ in range(2):
+        logits.grad.zero_()
+        loss.backward(retain_graph=True)
+        assert torch.equal(logits.grad, first)
+
+
 def test_no_gradient_is_made_where_none_is_needed(dtype):
     (logits, target), _ = inputs(8, 33, dtype)
     with torch.no_grad():
@@ -248,6 +260,10 @@ def test_second_derivative_and_vmap_raise():
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
         ({"z_loss": -1.0}, ValueError, "z_loss is -1.0"),
+        ({"z_loss": None}, TypeError, "z_loss is None, expected a number"),
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing is 'a'"),
+        ({"softcap": float("inf")}, ValueError, "softcap is inf"),
+        ({"ignore_index": 2**70}, ValueError, "ignore_index is 1180591620717411303424"),
     ],
 )
 def test_bad_input(change, error, words):

@@ -48,6 +48,8 @@ def test_seeds():
 def test_bad_input():
     with pytest.raises(TypeError, match="expected a floating-point tensor"):
         dropout(torch.ones(3, dtype=torch.long), 0.1)
+    with pytest.raises(TypeError, match="dropout_p is 'a'"):
+        dropout(torch.ones(3), "a")
     with pytest.raises(ValueError, match="dropout_p is 1"):
         dropout(torch.ones(3), 1.0)
 

@@ -364,6 +364,13 @@ def test_num_items(backend):
         assert linear_cross_entropy(x, head, target * 0 - 100, num_items_in_batch=items) == 0
 
 
+def test_no_features(kernel):
+    """K = 0: the logits are the bias."""
+    bias, target = torch.randn(7, requires_grad=True), torch.tensor([0, 6, -100])
+    args = (torch.randn(3, 0, requires_grad=True), torch.randn(7, 0, requires_grad=True), target)
+    check(linear_cross_entropy, args, {"linear_bias": bias}, *kernel)
+
+
 @pytest.mark.parametrize(
     "change, error, words",
     [
@@ -382,6 +389,9 @@ def test_num_items(backend):
         ({"num_items_in_batch": 3, "reduction": "sum"}, ValueError, "num_items_in_batch replaces the divisor"),
         ({"num_items_in_batch": "3"}, TypeError, "num_items_in_batch is str"),
         ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch is -1"),
+        ({"num_items_in_batch": torch.tensor(-1)}, ValueError, "num_items_in_batch is -1"),
+        ({"scaling": None}, TypeError, "scaling is None, expected a number"),
+        ({"logit_scale": "a"}, TypeError, "logit_scale is 'a'"),
         ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch is float32 \\(2,\\)"),
     ],
 )

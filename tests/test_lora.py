@@ -320,6 +320,12 @@ def test_opcheck():
     )
 
 
+def test_mlp_backward_checks_its_hidden_products():
+    none = ([None], [None], [1.0], [None], 0.0, [None])
+    with pytest.raises(RuntimeError, match="hidden and wanted do not fit"):
+        torch.ops.pyfast_cpu.lora_mlp_backward(torch.randn(3, 7), None, [], None, None, [W], *none, "silu", [True] * 5)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile(compiler):
     """One graph, forward and backward, bit-equal to eager; other row counts and seeds do not recompile."""
@@ -376,7 +382,7 @@ W, A, B = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
         ((torch.randn(3, 8), W, A, B[:, :1], 1.0), ValueError, "lora_B is"),
         ((torch.randn(3, 8), W, A, None, 1.0), ValueError, "lora_A and lora_B must both be given"),
         ((torch.randn(3, 8), W, A.half(), B, 1.0), TypeError, "lora_A is float16"),
-        ((torch.randn(3, 8), W, A, B, "2"), TypeError, "scaling is str"),
+        ((torch.randn(3, 8), W, A, B, "2"), TypeError, "scaling is .2., expected a number"),
         ((torch.randn(3, 8), None, A, B, 1.0), TypeError, "weight is NoneType"),
         (([1.0], W, A, B, 1.0), TypeError, "x is list"),
     ],
@@ -402,6 +408,11 @@ def test_bad_options():
         (lambda: lora_mlp(x, p, p, p), ValueError, "down.weight has shape"),
         (lambda: lora_mlp(x, p, None, p), TypeError, "up is NoneType"),
         (lambda: QuantizedWeight.quantize(torch.randn(3, 5), "nf4"), ValueError, "multiple of blocksize"),
+        (lambda: QuantizedWeight.quantize(W, "nf4", blocksize=0), ValueError, "blocksize is 0"),
+        (lambda: QuantizedWeight.quantize(W[0], "nf4"), ValueError, "weight has shape"),
+        (lambda: QuantizedWeight("nf4", [1], A, (2, 8)), TypeError, "data is list"),
+        (lambda: QuantizedWeight("nf4", A.byte(), A, (2, 2, 4)), ValueError, "shape is"),
+        (lambda: lora_mlp(x, p, p, p, activation=[]), ValueError, "activation is"),
         (lambda: QuantizedWeight("int4", A, A, (2, 8)), ValueError, "format is 'int4'"),
         (lambda: QuantizedWeight("int8", A, A, (2, 8)), TypeError, "data is"),
         (lambda: QuantizedWeight("int8", A.char(), A, (2, 8)), ValueError, "scale has shape"),

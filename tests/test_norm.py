@@ -332,6 +332,7 @@ def test_reference_values():
         ({"residual": torch.randn(8)}, ValueError, "residual is"),
         ({"residual": torch.randn(3, 8).half()}, TypeError, "residual is float16"),
         ({"eps": -1.0}, ValueError, "eps is -1"),
+        ({"eps": None}, TypeError, "eps is None, expected a number"),
     ],
 )
 def test_bad_input(change, error, words):

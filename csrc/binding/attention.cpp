@@ -1,5 +1,7 @@
 #include "cpu/attention.h"
 
+#include <algorithm>
+
 #include "binding/binding.h"
 
 namespace pyfast {
@@ -19,6 +21,8 @@ Strides strides_of(const Tensor& t, const char* name) {
 std::vector<int64_t> bounds_of(const Tensor& t, int64_t total, const char* name) {
   CHECK_CONTIGUOUS(t);
   STD_TORCH_CHECK(t.dim() == 1 && t.numel() >= 1, name, " has shape ", shape_of(t), ", expected (N + 1)");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, name,
+                  " must be int32 or int64");
   std::vector<int64_t> bounds(t.numel());
   for (size_t i = 0; i < bounds.size(); ++i)
     bounds[i] = t.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(t.const_data_ptr())[i]
@@ -60,7 +64,9 @@ struct Call : Attention {
     }
     this->q = q.const_data_ptr(), this->k = k.const_data_ptr(), this->v = v.const_data_ptr();
     q_strides = strides_of(q, "q"), k_strides = strides_of(k, "k"), v_strides = strides_of(v, "v");
-    this->scale = float(scale), this->softcap = float(softcap), this->left = left, this->right = right;
+    this->scale = float(scale), this->softcap = float(softcap);
+    // sq + sk reaches everything, and leaves room for sums with positions
+    this->left = std::min(left, sq + sk), this->right = std::min(right, sq + sk);
     if (sinks) {
       const Tensor& sink = *sinks;
       CHECK_SHAPE(sink, heads);

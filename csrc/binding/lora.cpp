@@ -304,7 +304,7 @@ Tensors lora_mlp_backward_cpu(const Tensor& dy, std::optional<Tensor> x, Tensors
                               std::optional<Tensor> h_down, Tensors weight, Optionals lora_A, Optionals lora_B,
                               std::vector<double> scaling, Optionals bias, double dropout_p, Optionals seed,
                               std::string activation_name, std::vector<bool> wanted) {
-  STD_TORCH_CHECK(wanted.size() == 1 + 4 * weight.size() && hidden.size() + 1 == weight.size(),
+  STD_TORCH_CHECK(!hidden.empty() && wanted.size() == 1 + 4 * weight.size() && hidden.size() + 1 == weight.size(),
                   "hidden and wanted do not fit the number of weights");
   const Activation activation = activation_of(activation_name);
   const Tensor& up = hidden.back();

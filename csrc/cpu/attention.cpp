@@ -285,7 +285,7 @@ struct Forward {
     pack_rows((const T*)a.q + s.q_offset + h * a.q_strides.head + i0 * a.q_strides.row, a.q_strides.row, rows, a.dim,
               (C*)m.queries, queries, D);
     pack_transposed(m.queries, m.queries_t, queries, D);
-    bool sink = a.sinks && a.sinks[h] > -kInf;
+    bool sink = a.sinks && a.sinks[h] != -kInf;
     std::fill_n(m.maximum, queries, sink ? a.sinks[h] : -kInf);
     std::fill_n(m.sum, queries, sink ? 1.f : 0.f);
     std::fill_n((float*)m.out_t, D * queries, 0.f);
@@ -386,7 +386,7 @@ struct ForwardRow {
       sums += p;
       store_any(m.scores + j, p, lanes);
     });
-    const float sum = hsum(sums) + (maximum > -kInf && a.sinks ? std::exp(a.sinks[h] - base) : 0.f);
+    const float sum = hsum(sums) + (a.sinks ? std::exp(a.sinks[h] - base) : 0.f);
     a.maximum[row] = maximum;
     a.log_sum[row] = sum == 0 ? 0.f : std::log(sum);
     if (a.dropout_p > 0) {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, reference
-from pyfast.ops.autograd import first_order
+from pyfast.ops.autograd import distinct, first_order
 from pyfast.ops.checks import check_floating, check_parameter, check_same
 
 
@@ -26,7 +26,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return reference.swiglu(gate, up)
     if backend == "torch":
         return F.silu(gate) * up
-    return _Gated.apply(gate, up, "silu", backend)
+    return _Gated.apply(*distinct(gate, up), "silu", backend)
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -46,7 +46,7 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none") -> to
         return reference.geglu(gate, up, approximate)
     if backend == "torch":
         return F.gelu(gate, approximate=approximate) * up
-    return _Gated.apply(gate, up, _GELU[approximate], backend)
+    return _Gated.apply(*distinct(gate, up), _GELU[approximate], backend)
 
 
 def gelu_bias(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none") -> torch.Tensor:
@@ -70,7 +70,7 @@ def gelu_bias(x: torch.Tensor, bias: torch.Tensor, approximate: str = "none") ->
         return reference.gelu_bias(x, bias, approximate)
     if backend == "torch":
         return F.gelu(x + bias, approximate=approximate).to(x.dtype)
-    return _Activate.apply(x, bias, _GELU[approximate], backend)
+    return _Activate.apply(*distinct(x, bias), _GELU[approximate], backend)
 
 
 #: approximate -> the kernels' name of the activation
@@ -78,7 +78,7 @@ _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def _check_approximate(op: str, approximate: str) -> None:
-    if approximate not in _GELU:
+    if approximate not in tuple(_GELU):
         raise ValueError(f'{op}: approximate is {approximate!r}, expected "none" or "tanh"')
 
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, philox, reference
-from pyfast.ops.autograd import autocast, first_order
-from pyfast.ops.checks import check_floating, check_same, describe
+from pyfast.ops.autograd import autocast, distinct, first_order
+from pyfast.ops.checks import check_floating, check_number, check_same, check_softcap, describe
 
 
 def attention(
@@ -51,7 +51,7 @@ def attention(
     _check_heads(name, q, k, v, "(B, H, S, D)")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"{name}: k is {describe(k)}, expected the batch size of q, {q.shape[0]}")
-    _check_options(name, q, softcap, sinks, dropout_p)
+    _check_options(name, q, scale, softcap, sinks, dropout_p)
     batch, heads, sq, sk = *q.shape[:3], k.shape[2]
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype != torch.bool:
@@ -127,7 +127,7 @@ def attention_varlen(
     check_floating(name, q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     _check_heads(name, q, k, v, "(T, H, D)")
-    _check_options(name, q, softcap, sinks, dropout_p)
+    _check_options(name, q, scale, softcap, sinks, dropout_p)
     for which, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
             given = describe(cu_seqlens) if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
@@ -140,6 +140,10 @@ def attention_varlen(
             f"{name}: cu_seqlens_q is {describe(cu_seqlens_q)} and cu_seqlens_k {describe(cu_seqlens_k)}, expected one"
             " length for both"
         )
+    for which, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        scalar = isinstance(length, torch.Tensor) and length.dim() == 0 and not length.is_floating_point()
+        if not scalar and (isinstance(length, bool) or not isinstance(length, int | torch.SymInt)):
+            raise TypeError(f"{name}: {which} is {length!r}, expected an int")
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_cu_seqlens(name, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
         _check_cu_seqlens(name, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
@@ -177,10 +181,11 @@ def _check_heads(op: str, q, k, v, layout: str) -> None:
         )
 
 
-def _check_options(op: str, q, softcap, sinks, dropout_p) -> None:
+def _check_options(op: str, q, scale, softcap, sinks, dropout_p) -> None:
     philox.check_dropout(op, dropout_p)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap is {softcap}, expected a positive number, or None for no cap")
+    if scale is not None:
+        check_number(op, scale=scale)
+    check_softcap(op, softcap)
     if sinks is not None:
         check_floating(op, sinks=sinks)
         _check_device(op, "sinks", sinks, q)
@@ -205,7 +210,7 @@ def _check_cu_seqlens(op: str, name: str, cu_seqlens, total: int, max_name: str,
         )
     if cu_seqlens[-1] > total:
         raise ValueError(f"{op}: {name} ends at {int(cu_seqlens[-1])}, beyond the {total} rows that there are")
-    if lengths.numel() and lengths.max() > max_seqlen:
+    if lengths.numel() and int(lengths.max()) > max_seqlen:
         raise ValueError(f"{op}: {max_name} is {max_seqlen}, but {name} has a sequence of {int(lengths.max())}")
 
 
@@ -219,7 +224,7 @@ def _window(op: str, window_size) -> tuple[int, int]:
     for n in sizes:
         if isinstance(n, bool) or not isinstance(n, int | torch.SymInt):
             raise TypeError(f"{op}: window_size is {window_size!r}, expected two ints, None or -1 meaning no limit")
-        if n < -1:
+        if not -1 <= n < 2**63:
             raise ValueError(f"{op}: window_size is {window_size!r}, expected sizes of 0 or more, or -1 for no limit")
     return sizes
 
@@ -251,7 +256,7 @@ def _kernel(
         if attn_bias.dtype not in dispatch.KERNEL_DTYPES:
             attn_bias = attn_bias.float()
     options = (max_seqlen_k, scale, softcap or 0.0, left, 0 if causal else right, float(dropout_p))
-    return _Attention.apply(q, k, v, sinks, attn_bias, attention_mask, seed, *cu_seqlens, options, backend)
+    return _Attention.apply(*distinct(q, k, v, sinks, attn_bias, attention_mask, seed, *cu_seqlens), options, backend)
 
 
 def _rows_contiguous(x):

@@ -46,13 +46,24 @@ def anchor(*tensors: torch.Tensor | None) -> torch.Tensor:
     return torch.cat([t[:0].reshape(-1) for t in tensors if t is not None and t.requires_grad])
 
 
+def distinct(*arguments):
+    """arguments, a tensor that comes again as a view of itself: torch.compile wants every argument of an
+    autograd.Function to be another tensor."""
+    if not torch.compiler.is_compiling():
+        return arguments
+    return tuple(
+        a.view_as(a) if isinstance(a, torch.Tensor) and any(a is b for b in arguments[:i]) else a
+        for i, a in enumerate(arguments)
+    )
+
+
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under torch.autocast, the tensors in its dtype (matrix ops cast; norms and losses do not); otherwise as they are.
 
     fp64 stays, as in torch's own autocast.
     """
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -1,6 +1,12 @@
 """Argument checks shared by the public ops: one clear sentence that says what was given and what was expected."""
 
+import math
+import numbers
+
 import torch
+
+#: what some backend serves: fp8, for one, is storage only
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -11,8 +17,16 @@ def check_floating(op: str, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} is {describe(tensor)}, expected a floating-point tensor")
+        if tensor.dtype not in FLOATING or tensor.layout != torch.strided:
+            layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+            raise TypeError(f"{op}: {name} is {describe(tensor)}{layout}, expected a floating-point tensor, dense")
+
+
+def check_number(op: str, **values: float) -> None:
+    """Each value is a real number; a comparison of its range may follow."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+            raise TypeError(f"{op}: {name} is {value!r}, expected a number")
 
 
 def check_same(op: str, *, shape: bool = True, **tensors: torch.Tensor) -> None:
@@ -39,3 +53,11 @@ def check_parameter(op: str, x: torch.Tensor, **parameters: torch.Tensor) -> Non
             raise TypeError(f"{op}: {name} is {describe(parameter)}, expected {x.dtype}, as the input, or float32")
         if parameter.device != x.device:
             raise ValueError(f"{op}: {name} is {describe(parameter)}, expected the input's device, {x.device}")
+
+
+def check_softcap(op: str, softcap: float | None) -> None:
+    if softcap is None:
+        return
+    check_number(op, softcap=softcap)
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}, expected a positive, finite number, or None for no cap")

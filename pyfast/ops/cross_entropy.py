@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from pyfast import dispatch, reference
 from pyfast.ops.autograd import anchor, first_order
-from pyfast.ops.checks import check_floating, describe
+from pyfast.ops.checks import check_floating, check_number, check_softcap, describe
 
 
 def cross_entropy(
@@ -85,12 +85,14 @@ def check_loss(op, input, target, classes, weight, ignore_index, reduction, labe
             raise ValueError(f"{op}: weight requires grad, but class weights get no gradient: detach it")
     if not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index is {ignore_index!r}, expected an int")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index is {ignore_index}, expected an int that fits in 64 bits")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
+    check_number(op, label_smoothing=label_smoothing, z_loss=z_loss)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected a number from 0 to 1")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap is {softcap}, expected a positive number, or None for no cap")
+    check_softcap(op, softcap)
     if not z_loss >= 0:
         raise ValueError(f"{op}: z_loss is {z_loss}, expected a number that is not negative")
     if target.device.type == "cpu" and not torch.compiler.is_compiling():  # compiled, the kernels check
@@ -190,7 +192,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dy):
         if ctx.fused:
             dinput, _ = ctx.saved_tensors
-            if torch.compiler.is_compiling() or dy.item() != 1:
+            # what is saved is handed out itself only where no other backward can come: its receiver may write to it
+            kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+            if kept or dy.item() != 1:
                 dinput = dinput * dy
         else:
             input, target, weight, upstream = ctx.saved_tensors

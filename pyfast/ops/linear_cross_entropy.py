@@ -4,12 +4,14 @@ The gradient is made in the forward pass, as Liger-Kernel does it: with a frozen
 (logits, then the gradient of input) over the rows that count, and nothing else.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, reference
-from pyfast.ops.autograd import anchor, autocast, first_order
-from pyfast.ops.checks import check_floating, describe
+from pyfast.ops.autograd import anchor, autocast, distinct, first_order
+from pyfast.ops.checks import check_floating, check_number, describe
 from pyfast.ops.cross_entropy import check_loss, check_vector, composite_loss, divisors, per_row, total_loss
 
 #: of a chunk's logits, the memory that the native op needs beyond its results
@@ -59,6 +61,7 @@ def linear_cross_entropy(
     if linear_bias is not None:
         check_vector(op, "linear_bias", linear_bias, classes, input)
     _check_lora(op, input, classes, lora_A, lora_B)
+    check_number(op, scaling=scaling, logit_scale=logit_scale)
     if num_items_in_batch is not None:
         _check_num_items(op, num_items_in_batch, reduction)
     backend = dispatch.choose(op, input)
@@ -94,11 +97,13 @@ def linear_cross_entropy(
         return composite_loss(logits, target, weight, *options)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, *parameters)]
     loss = _LinearCrossEntropy.apply(
-        input.reshape(-1, input.shape[-1]),
-        *parameters,
-        target.reshape(-1),
-        weight,
-        num_items_in_batch,
+        *distinct(
+            input.reshape(math.prod(input.shape[:-1]), input.shape[-1]),
+            *parameters,
+            target.reshape(-1),
+            weight,
+            num_items_in_batch,
+        ),
         reduction,
         z_loss,
         (scaling, ignore_index, label_smoothing, softcap, logit_scale),
@@ -132,11 +137,13 @@ def _check_num_items(op, num_items_in_batch, reduction):
         if num_items_in_batch.dim() != 0:
             given = describe(num_items_in_batch)
             raise ValueError(f"{op}: num_items_in_batch is {given}, expected a number or a tensor of shape ()")
+        if num_items_in_batch.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # its value is the device's own
     elif not isinstance(num_items_in_batch, int | float):
         raise TypeError(
             f"{op}: num_items_in_batch is {type(num_items_in_batch).__name__}, expected a number or a 0-dim tensor"
         )
-    elif not num_items_in_batch >= 0:
+    if not num_items_in_batch >= 0:
         raise ValueError(f"{op}: num_items_in_batch is {num_items_in_batch}, expected a number that is not negative")
 
 

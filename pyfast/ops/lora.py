@@ -2,7 +2,6 @@
 is PEFT's)."""
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, philox, reference
-from pyfast.ops.autograd import autocast, first_order
-from pyfast.ops.checks import check_floating, check_parameter, describe
+from pyfast.ops.autograd import autocast, distinct, first_order
+from pyfast.ops.checks import check_floating, check_number, check_parameter, describe
 from pyfast.quantized import FP8_TILE, NF4_LEVELS, QuantizedWeight, dequantize
 
 
@@ -95,7 +94,7 @@ def lora_mlp(
     Raises as lora_linear does, and ValueError for an unknown activation.
     """
     op = "lora_mlp"
-    if activation not in reference.ACTIVATIONS:
+    if activation not in tuple(reference.ACTIVATIONS):
         raise ValueError(f"{op}: activation is {activation!r}, expected one of {', '.join(reference.ACTIVATIONS)}")
     x = _autocast_input(op, x)
     named = {"up.": up} if gate is None else {"gate.": gate, "up.": up}
@@ -171,8 +170,7 @@ def _check(op, prefix, p, x, k) -> LoraWeights:
     for name, (tensor, shape, letters) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} is {describe(tensor)}, expected {letters} = {shape}")
-    if isinstance(scaling, bool) or not isinstance(scaling, numbers.Real):
-        raise TypeError(f"{op}: {prefix}scaling is {type(scaling).__name__}, expected a number")
+    check_number(op, **{f"{prefix}scaling": scaling})
     return LoraWeights(weight, lora_A, lora_B, float(scaling), bias)
 
 
@@ -236,10 +234,7 @@ def _flat(backend, x, projections, dropout_p, seeds, activation=None):
     scales = [q and q.scale for q in quantized]
     columns = zip(*((p.lora_A, p.lora_B, p.bias) for p in projections), strict=True)
     tensors = [*weights, *scales, *(tensor for column in columns for tensor in column), *seeds]
-    for i, tensor in enumerate(tensors):  # torch.compile wants each argument of a node to be another tensor
-        if tensor is not None and any(tensor is other for other in tensors[:i]):
-            tensors[i] = tensor.view_as(tensor)
-    return spec, x, *tensors
+    return spec, *distinct(x, *tensors)
 
 
 def _kernel_arguments(spec, dtype, tensors):

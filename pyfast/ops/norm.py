@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from pyfast import dispatch, reference
-from pyfast.ops.autograd import first_order
-from pyfast.ops.checks import check_floating, check_parameter, check_same
+from pyfast.ops.autograd import distinct, first_order
+from pyfast.ops.checks import check_floating, check_number, check_parameter, check_same
 from pyfast.reference import wide
 
 
@@ -30,6 +30,7 @@ def rms_norm(
     Raises TypeError for non-floating or unserved dtypes, ValueError for shapes or devices that do not fit.
     """
     _check("rms_norm", x, eps, residual, weight=weight)
+    check_number("rms_norm", weight_offset=weight_offset)
     backend = dispatch.choose("rms_norm", x)
     if backend == "reference":
         return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
@@ -81,6 +82,7 @@ def _check(op, x, eps, residual, **parameters):
     check_floating(op, x=x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected (..., N) with N at least 1")
+    check_number(op, eps=eps)
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}, expected a number that is not negative")
     if residual is not None:
@@ -98,7 +100,7 @@ def _check(op, x, eps, residual, **parameters):
 
 
 def _norm(x, weight, bias, eps, residual, weight_offset, center, backend):
-    y, h = _Norm.apply(x, weight, bias, residual, float(eps), float(weight_offset), center, backend)
+    y, h = _Norm.apply(*distinct(x, weight, bias, residual), float(eps), float(weight_offset), center, backend)
     return y if residual is None else (y, h)
 
 

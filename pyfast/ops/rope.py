@@ -3,7 +3,7 @@
 import torch
 
 from pyfast import dispatch, reference
-from pyfast.ops.autograd import first_order
+from pyfast.ops.autograd import distinct, first_order
 from pyfast.ops.checks import check_floating, check_parameter, check_same
 
 
@@ -51,7 +51,7 @@ def rope(
         return _torch(q, k, cos, sin, interleaved)
     if cos.dim() == 2:
         cos, sin = cos[None], sin[None]
-    return tuple(_Rope.apply(x, cos, sin, interleaved, backend) for x in (q, k))
+    return tuple(_Rope.apply(*distinct(x, cos, sin), bool(interleaved), backend) for x in (q, k))
 
 
 def _torch(q, k, cos, sin, interleaved):
