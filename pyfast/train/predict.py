@@ -93,6 +93,12 @@ class GenerateArguments(ResultArguments):
             raise InputError("give either --prompt or --test_file")
         if self.max_new_tokens < 1:
             raise InputError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature <= 0:
+            raise InputError(
+                f"--temperature must be more than 0, got {self.temperature}; leave --do_sample out instead"
+            )
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p is a share in (0, 1], got {self.top_p}")
 
 
 @dataclass
@@ -246,9 +252,16 @@ def generate(args: GenerateArguments) -> list[dict]:
     tokenizer.padding_side = "left"  # a continuation starts at the row's end
     task = TextGeneration(tokenizer, models.longest_row(result.config, tokenizer, None))
     task.chat = result.record.get("chat", False)
+    prompts = [task.prompt_ids(row[column]) for row in rows]
+    positions = getattr(result.config.get_text_config(), "max_position_embeddings", None)
+    for i, ids in enumerate(prompts):
+        if not ids:
+            raise InputError(f"prompt {i + 1} is empty: there is nothing to continue")
+        if positions and len(ids) >= positions:
+            raise InputError(f"prompt {i + 1} has {len(ids)} tokens: the model's {positions} positions leave no room")
     model = load_result(args, result, TextGeneration)
     torch.manual_seed(args.seed)
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
+    options = {"do_sample": args.do_sample}
     options["pad_token_id"] = tokenizer.pad_token_id
     if args.do_sample:
         options |= {"temperature": args.temperature, "top_p": args.top_p}
@@ -257,7 +270,9 @@ def generate(args: GenerateArguments) -> list[dict]:
     results = []
     for start in range(0, len(rows), args.per_device_eval_batch_size):
         batch = [rows[i] for i in range(start, min(start + args.per_device_eval_batch_size, len(rows)))]
-        inputs = tokenizer.pad({"input_ids": [task.prompt_ids(row[column]) for row in batch]}, return_tensors="pt")
+        inputs = tokenizer.pad({"input_ids": prompts[start : start + len(batch)]}, return_tensors="pt")
+        room = positions - inputs["input_ids"].shape[1] if positions else args.max_new_tokens
+        options["max_new_tokens"] = min(args.max_new_tokens, room)
         with autocast(args):
             tokens = model.generate(**move(inputs, args.device), **options)
         texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

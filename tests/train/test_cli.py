@@ -265,6 +265,8 @@ def test_generate_is_what_the_model_generates(trained, models, name, stock):
         (["predict", "--model_name_or_path", "LABELS", "--text", "a", "--output_file", "a.txt"], ".jsonl"),
         (["generate", "--model_name_or_path", "PAIRS"], "--prompt or --test_file"),
         (["generate", "--model_name_or_path", "PAIRS", "--prompt", "a", "--max_new_tokens", "0"], "at least 1"),
+        (["generate", "--model_name_or_path", "PAIRS", "--prompt", "a", "--temperature", "0"], "more than 0"),
+        (["generate", "--model_name_or_path", "PAIRS", "--prompt", "a " * 200], "64 positions leave no room"),
         (["generate", "--model_name_or_path", "LABELS", "--prompt", "a"], "does not generate"),
     ],
 )
