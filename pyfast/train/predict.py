@@ -252,6 +252,8 @@ def generate(args: GenerateArguments) -> list[dict]:
     tokenizer.padding_side = "left"  # a continuation starts at the row's end
     task = TextGeneration(tokenizer, models.longest_row(result.config, tokenizer, None))
     task.chat = result.record.get("chat", False)
+    if None in rows[column]:
+        raise InputError(f"prompt {rows[column].index(None) + 1} is missing: the column {column!r} holds no value")
     prompts = [task.prompt_ids(row[column]) for row in rows]
     positions = getattr(result.config.get_text_config(), "max_position_embeddings", None)
     for i, ids in enumerate(prompts):

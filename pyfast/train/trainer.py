@@ -34,8 +34,8 @@ class FinetuneResult:
     """What `finetune` gives back; `run` is what run.json holds."""
 
     output_dir: Path
-    model: torch.nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
+    model: torch.nn.Module = field(repr=False)
+    tokenizer: transformers.PreTrainedTokenizerBase = field(repr=False)
     before: dict[str, float]
     after: dict[str, float]
     test: dict[str, float]

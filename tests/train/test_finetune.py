@@ -212,6 +212,7 @@ def test_an_unknown_family_trains_with_a_report_and_strict_refuses(files, models
     result = finetune(str(folder), files["pairs"], tmp_path / "out", learning_rate=1e-2)
     assert result.after["loss"] < result.before["loss"]
     assert result.run["patch"]["skipped"]
+    assert "LoraModel" not in repr(result)  # what a notebook shows: the scores, not the model
     with pytest.raises(InputError, match="--strict"):
         finetune(str(folder), files["pairs"], tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()
