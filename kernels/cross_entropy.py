@@ -33,21 +33,20 @@ def cross_entropy_kernel(
     ignore_index,
     label_smoothing,
     softcap,
-    HAS_WEIGHT: tl.constexpr,
     SMOOTHING: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     INPUT += row * stride
-    DINPUT += row * classes
+    if DINPUT is not None:
+        DINPUT += row * classes
     target = tl.load(TARGET + row)
     at = tl.arange(0, BLOCK)
     if target == ignore_index:
         tl.store(LOSS + row, 0.0)
         tl.store(LSE + row, 0.0)
-        if GRADIENT:
+        if DINPUT is not None:
             for begin in range(0, classes, BLOCK):
                 zeros = tl.zeros([BLOCK], DINPUT.dtype.element_ty)
                 tl.store(DINPUT + begin + at, zeros, mask=begin + at < classes)
@@ -57,7 +56,7 @@ def cross_entropy_kernel(
     x_target = tl.load(INPUT + target, mask=(target >= 0) & (target < classes), other=float("nan")).to(tl.float32)
     x_target = softcapped(x_target, softcap, SOFTCAP)
     target_weight = 1.0
-    if HAS_WEIGHT:
+    if WEIGHT is not None:
         target_weight = tl.load(WEIGHT + target, mask=(target >= 0) & (target < classes), other=0.0)
 
     m = -float("inf")  # the largest logit so far
@@ -74,7 +73,7 @@ def cross_entropy_kernel(
         total = total * tl.exp(m - shift) + tl.sum(tl.exp(x - shift), 0)
         if SMOOTHING:
             weight = tl.where(inside, 1.0, 0.0)
-            if HAS_WEIGHT:
+            if WEIGHT is not None:
                 weight = tl.load(WEIGHT + begin + at, mask=inside, other=0.0)
             below += tl.where(weights == 0, 0.0, weights * (m - shift))
             below += tl.sum(tl.where(inside, weight * (x - shift), 0.0), 0)
@@ -89,7 +88,7 @@ def cross_entropy_kernel(
     tl.store(LOSS + row, loss)
     tl.store(LSE + row, m.to(tl.float64) + log_total)
 
-    if GRADIENT:
+    if DINPUT is not None:
         # dx = (p (hard + soft weights + square) - hard [target] - soft weight) slope, with the factors of a row in fp64
         d_loss = tl.load(UPSTREAM + 2 * row)
         hard = d_loss * (1 - label_smoothing.to(tl.float64)) * target_weight
@@ -113,38 +112,42 @@ def cross_entropy_kernel(
             dx = factor * tl.exp(x - m)
             if SMOOTHING:
                 weight = 1.0
-                if HAS_WEIGHT:
+                if WEIGHT is not None:
                     weight = tl.load(WEIGHT + begin + at, mask=inside, other=0.0)
                 dx -= soft * weight
             dx = tl.where(begin + at == target, dx_target, dx) * slope
             tl.store(DINPUT + begin + at, dx.to(DINPUT.dtype.element_ty), mask=inside)
 
 
-@launch.launcher
-def cross_entropy(input, target, weight, upstream, ignore_index, label_smoothing, softcap):
+def row_losses(input, target, weight, upstream, dinput, ignore_index, label_smoothing, softcap):
+    """(loss, lse) of each row, fp64; dinput (rows, V), contiguous, of any floating dtype, is written for upstream."""
     rows, classes = input.shape
     loss = input.new_empty(rows, dtype=torch.float64)
     lse = torch.empty_like(loss)
-    dinput = input.new_empty(input.shape if upstream is not None else 0)
     launch.run(
         cross_entropy_kernel,
         rows,
         input,
         target,
-        weight if weight is not None else input,
-        upstream if upstream is not None else loss,
+        weight,
+        upstream,
         loss,
         lse,
-        dinput if upstream is not None else input,
+        dinput,
         classes,
         input.stride(0),
         ignore_index,
         float(label_smoothing),
         float(softcap or 1.0),
-        HAS_WEIGHT=weight is not None,
         SMOOTHING=label_smoothing > 0,
         SOFTCAP=softcap is not None,
-        GRADIENT=upstream is not None,
         **launch.tile(cross_entropy_kernel, input.device, classes),
     )
-    return loss, lse, dinput
+    return loss, lse
+
+
+@launch.launcher
+def cross_entropy(input, target, weight, upstream, ignore_index, label_smoothing, softcap):
+    dinput = None if upstream is None else input.new_empty(input.shape)
+    loss, lse = row_losses(input, target, weight, upstream, dinput, ignore_index, label_smoothing, softcap)
+    return loss, lse, input.new_empty(0) if dinput is None else dinput

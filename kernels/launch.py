@@ -12,7 +12,7 @@ import torch
 
 from pyfast.kernels.tiles import TILES
 
-_MODULES = ("activation", "attention", "cross_entropy", "lora", "norm", "quantized", "rope")
+_MODULES = ("activation", "attention", "cross_entropy", "linear_cross_entropy", "lora", "norm", "quantized", "rope")
 _launchers: dict = {}
 
 

@@ -26,6 +26,7 @@ def matmul_kernel(
     U,
     V,
     SEED,
+    LIMIT,
     m,
     n,
     k,
@@ -53,7 +54,8 @@ def matmul_kernel(
     GROUP: tl.constexpr,
 ):
     """A (m, k), B (k, n), U (m, rank), V (rank, n); C and ADD (m, n) have unit strides in n. The index of an element
-    for dropout is row * dropout_stride_m + column * dropout_stride_k, of A with DROP_A, else of C."""
+    for dropout is row * dropout_stride_m + column * dropout_stride_k, of A with DROP_A, else of C. Rows from LIMIT on
+    are not computed."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     split, program = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
     # GROUP tiles of rows at a time, so that programs that run together read the same parts of A and B
@@ -61,6 +63,9 @@ def matmul_kernel(
     group_rows = tl.minimum(GROUP, tiles_m - group * GROUP)
     tile_m = group * GROUP + program % (GROUP * tiles_n) % group_rows
     tile_n = program % (GROUP * tiles_n) // group_rows
+    if LIMIT is not None:  # noqa: SIM102  (the compiler decides this one, the GPU the next)
+        if tile_m * BLOCK_M >= tl.load(LIMIT):
+            return
     row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
     column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
     end = tl.minimum(k, (split + 1) * k_per_split)
@@ -99,13 +104,26 @@ def matmul_kernel(
 
 
 def matmul(
-    a, b, dtype, *, out=None, add=None, bias=None, adapter=None, alpha=1.0, dropout=None, drop_a=False, split=False
+    a,
+    b,
+    dtype,
+    *,
+    out=None,
+    add=None,
+    bias=None,
+    adapter=None,
+    alpha=1.0,
+    dropout=None,
+    drop_a=False,
+    split=False,
+    limit=None,
 ):
     """alpha · a b + bias + scale · u v + add, (m, n) in `dtype`.
 
     a (m, k), b (k, n): any strides. adapter: (u (m, rank) fp32 of unit stride, v (rank, n), scale). dropout: (seed, p,
     strides of the logical index by row and column), of a with drop_a, else of the adapter's product; the kept elements
-    are scaled by 1 / (1 - p). split: whether the sum over k may be cut into parts.
+    are scaled by 1 / (1 - p). split: whether the sum over k may be cut into parts. limit: a 0-dim tensor; tiles of rows
+    from there on are left as they were.
     """
     (m, k), n = a.shape, b.shape[1]
     u, v, scale = adapter or (None, None, 0.0)
@@ -130,6 +148,7 @@ def matmul(
         u,
         v,
         seed,
+        limit,
         m,
         n,
         k,

@@ -33,7 +33,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "linear_cross_entropy": {"cpu": ("cpu", "torch")},
+    "linear_cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "geglu": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     "gelu_bias": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},

@@ -16,6 +16,7 @@ from pyfast.ops.cross_entropy import check_loss, check_vector, composite_loss, d
 
 #: of a chunk's logits, the memory that the native op needs beyond its results
 LOGITS_BYTES = 48 << 20
+GPU_LOGITS_BYTES = 512 << 20  # a guess until it is measured
 
 
 def linear_cross_entropy(
@@ -206,6 +207,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _logits_bytes(linear_weight, needs) -> int:
     """A trained head's gradient is as large as the head, and each chunk goes over it once: longer chunks, then."""
+    if linear_weight.device.type != "cpu":
+        return GPU_LOGITS_BYTES
     return max(LOGITS_BYTES, linear_weight.numel()) if needs[1] else LOGITS_BYTES
 
 

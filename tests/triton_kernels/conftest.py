@@ -17,13 +17,29 @@ def kernel():
     return "triton", None
 
 
+#: what takes the interpreter longest and crosses no border that other tests do not
+LONG = (
+    "few-queries",
+    "test_strides",
+    "300-257-515-33",
+    "2-32003",
+    "test_mixed_dtypes",
+    "test_many_chunks[float32",
+    "test_many_chunks[bfloat16-1]",
+    "test_upstream_gradient",
+    "test_frozen_head_of_many_features",
+    "True-shape4",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of the tests that test_op_*.py borrow, those that take no kernel run in their own module; fp16, which differs
-    from bf16 in a cast, is left to `make test-all`."""
+    """Of the tests that test_op_*.py borrow, those that take no kernel run in their own module; the longest, and fp16,
+    which differs from bf16 in a cast, are left to `make test-all`."""
     borrowed = [item for item in items if item.path.name.startswith("test_op_")]
     for item in borrowed:
-        if hasattr(item, "callspec") and item.callspec.params.get("dtype") == torch.float16:
+        half = hasattr(item, "callspec") and item.callspec.params.get("dtype") == torch.float16
+        if half or any(part in item.name for part in LONG):
             item.add_marker(pytest.mark.slow)
     repeated = {item for item in borrowed if "kernel" not in item.fixturenames}
     items[:] = [item for item in items if item not in repeated]

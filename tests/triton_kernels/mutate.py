@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 class Mutation(NamedTuple):
     """In kernels/<file>.py, every occurrence of `old` becomes `new`; tests/triton_kernels/test_op_<file>.py -k `tests`
-    must fail."""
+    must fail (attention's for philox, lora's for quantized)."""
 
     name: str
     file: str
@@ -83,6 +83,20 @@ MUTATIONS = [
     Mutation("sequence found too late", "attention", "+ middle <= tile", "+ middle < tile", "varlen_error_rule"),
     Mutation("the keys' begin", "attention", "k_begin * v_stride_n", "q_begin * v_stride_n", "varlen_error_rule"),
     Mutation("the words of Philox", "philox", "word == 2, w2, w3", "word == 2, w3, w2", f"{RULE} and dropout"),
+    Mutation("no scaling", "lora", "product *= scale", "product *= 1.0", "test_linear and float32-plain"),
+    Mutation("no 1 / (1 - p)", "lora", "scale * (1 if drop_a else kept_scale)", "scale", "test_linear_dropout"),
+    Mutation("dropout's index", "lora", "(*dropout, (1, columns))", "(*dropout, (columns, 1))", "test_linear_dropout"),
+    Mutation("a part of the sum lost", "lora", "(split + 1) * k_per_split", "k_per_split", "linear_shapes and 300"),
+    Mutation("the sum over projections", "lora", "add=dx, adapter", "add=None, adapter", "test_linears"),
+    Mutation("rank cut off", "lora", "range(0, rank, BLOCK_R)", "range(0, BLOCK_R, BLOCK_R)", "rank_70"),
+    Mutation("gradient of lora_B", "lora", "alpha=scaling, split=True))", "split=True))", "float32-plain"),
+    Mutation("the nibbles", "quantized", "byte >> 4, byte & 15", "byte & 15, byte >> 4", "test_quantized and nf4"),
+    Mutation("the tile's scale", "quantized", "at // k // block_rows", "at // k", "test_quantized and fp8_tiles"),
+    Mutation("limit too early", "linear_cross_entropy", "(counted - begin)", "(counted - begin - 64)", RULE),
+    Mutation("ignored rows multiplied", "linear_cross_entropy", "torch.where(ignored[at, None], 0, input[at])",
+             "input[at]", "ignored_rows"),
+    Mutation("the bias unscaled", "linear_cross_entropy", "linear_bias.float() * logit_scale", "linear_bias.float()",
+             f"{RULE} and all"),
 ]  # fmt: skip
 
 
@@ -98,7 +112,7 @@ def caught(mutation: Mutation) -> bool:
         if mutation.old not in source:
             raise ValueError(f"{mutation.name}: kernels/{mutation.file}.py has no {mutation.old!r} any more")
         kernel.write_text(source.replace(mutation.old, mutation.new))
-        tests = "attention" if mutation.file == "philox" else mutation.file
+        tests = {"philox": "attention", "quantized": "lora"}.get(mutation.file, mutation.file)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", mutation.tests]
         result = subprocess.run(
             [*command, f"tests/triton_kernels/test_op_{tests}.py"],

@@ -22,7 +22,7 @@ w, a, b = torch.randn(2, 20, 33), torch.randn(2, 3, 33), torch.randn(2, 20, 3)
 projections = ([*w], [*a], [*b], [2.0, 0.5], [bias[:20], None], 0.3, [seed, seed])
 down = torch.randn(33, 20), torch.randn(5, 20), torch.randn(33, 5)
 mlp = ([*w, down[0]], [*a, down[1]], [*b, down[2]], [2.0, 0.5, 1.0], [None] * 3, 0.0, [None] * 3)
-rows = torch.randn(7, 33)
+rows, head, row_target = torch.randn(7, 33), torch.randn(20, 33), torch.tensor([3, -100, 19, 0, 7, -100, 2])
 hidden = [torch.randn(7, 20), torch.randn(7, 20)]
 
 #: schema -> arguments of a few calls
@@ -46,6 +46,10 @@ CALLS = {
         (packed_q, None, packed_q, packed_kv, packed_kv, packed_q, packed_sums, packed_sums, *packed, False),
     ],
     "dequantize": [(torch.randint(256, (40, 1), dtype=torch.uint8), torch.rand(5), [0.5] * 16, 1, 80, 1, 16, x.dtype)],
+    "linear_cross_entropy": [
+        (rows, head, bias[:20], a[0], head[:, :3], row_target, None, *upstream, 1.0, -100, 0.1, None, 2.0, 400, needs)
+        for upstream, needs in (([None], [False] * 5), ([torch.rand(7, 2, dtype=torch.float64)], [True] * 5))
+    ],
     "lora_linears": [(rows, *projections)],
     "lora_linears_backward": [
         (hidden, rows, torch.randn(7, 6), *projections, [True] * 8 + [False]),
