@@ -27,7 +27,7 @@ LONG = (
     "test_many_chunks[float32",
     "test_many_chunks[bfloat16-1]",
     "test_upstream_gradient",
-    "test_frozen_head_of_many_features",
+    "test_frozen_head",
     "True-shape4",
 )
 
