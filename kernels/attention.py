@@ -516,6 +516,8 @@ class _Shape:
         if attn_bias is not None:
             bias_strides = (0 if n == 1 else s for n, s in zip(attn_bias.shape, attn_bias.stride(), strict=True))
         self.strides = (*(s for x in (q, k, v) for s in _strides(x, self.packed)), *bias_strides)
+        # a window beyond everything is none: the kernels' positions are int32
+        left, right = (-1 if n >= self.queries + self.keys else n for n in (left, right))
         self.options = (scale, float(softcap or 1), left, right, threshold(dropout_p), 1 / (1 - dropout_p))
         self.constants = {
             "DIM": self.dim,
