@@ -29,20 +29,21 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: op -> device type -> backends, best first. A device type that is not listed gets "torch". A backend that stands in
 #: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves.
+#: On a GPU torch stands first until the Triton kernels were run and measured on one.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "linear_cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "geglu": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "gelu_bias": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "rms_norm": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "layer_norm": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "rope": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "lora_linear": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "lora_linears": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
-    "lora_mlp": {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
+    "attention": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "linear_cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "geglu": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "gelu_bias": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "rms_norm": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "layer_norm": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "rope": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "lora_linear": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "lora_linears": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "lora_mlp": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "dropout": {"cpu": ("cpu", "torch")},
 }
 
