@@ -8,6 +8,7 @@
 #include "binding/binding.h"
 #include "binding/gemm.h"
 #include "cpu/activation.h"
+#include "cpu/rows.h"
 
 namespace pyfast {
 namespace {
@@ -241,19 +242,22 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
       lora_unpack(da.data + p.offset * da.ld, da.ld, 1.f, matrix(dA));
       results.push_back(dA);
     }
-    if (want(i, 2) || want(i, 3)) {
-      const int64_t r = want(i, 2) ? p.r : 0;
-      Panel db(like, r + 1, p.n);
-      lora_outer(t, dy[i].const_data_ptr(), rows, p.n, {0, 0}, h_data + p.offset, rank, r, db.data,
-                 want(i, 3) ? db.data + r * db.ld : nullptr);
-      if (want(i, 2)) {
-        Tensor dB = torch::stable::new_empty(*p.lora_B, {p.n, p.r});
-        lora_unpack(db.data, db.ld, float(p.scaling), matrix(dB, true));
-        results.push_back(dB);
-      }
+    if (want(i, 3) && !want(i, 2)) {  // no dB whose pass over dy it could share
+      Tensor partial = new_fp32(like, {row_blocks(rows), p.n}), dbias = torch::stable::new_empty(*p.bias, {p.n});
+      float* lines = (float*)partial.mutable_data_ptr();
+      sum_rows(t, dy[i].const_data_ptr(), rows, p.n, lines);
+      sum_blocks(lines, row_blocks(rows), p.n, dtype_of(dbias), dbias.mutable_data_ptr());
+      results.push_back(dbias);
+    } else if (want(i, 2)) {
+      Panel db(like, p.r + 1, p.n);
+      lora_outer(t, dy[i].const_data_ptr(), rows, p.n, {0, 0}, h_data + p.offset, rank, p.r, db.data,
+                 want(i, 3) ? db.data + p.r * db.ld : nullptr);
+      Tensor dB = torch::stable::new_empty(*p.lora_B, {p.n, p.r});
+      lora_unpack(db.data, db.ld, float(p.scaling), matrix(dB, true));
+      results.push_back(dB);
       if (want(i, 3)) {
         Tensor dbias = torch::stable::new_empty(*p.bias, {p.n});
-        lora_unpack(db.data + r * db.ld, db.ld, 1.f, {dtype_of(dbias), dbias.mutable_data_ptr(), 1, p.n, 0, 1});
+        lora_unpack(db.data + p.r * db.ld, db.ld, 1.f, {dtype_of(dbias), dbias.mutable_data_ptr(), 1, p.n, 0, 1});
         results.push_back(dbias);
       }
     }

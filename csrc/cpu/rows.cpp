@@ -1,5 +1,7 @@
 #include "cpu/rows.h"
 
+#include <cstring>
+
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
@@ -19,8 +21,26 @@ void sum(const float* partial, int64_t blocks, int64_t cols, T* out) {
   });
 }
 
+template <class T>
+void sum_in_blocks(const T* x, int64_t rows, int64_t cols, float* partial) {
+  const int64_t block = block_rows(rows);
+  parallel_for(row_blocks(rows), 16384 / (block * cols + 1), [=](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      float* total = partial + b * cols;
+      std::memset(total, 0, cols * sizeof(float));
+      for (int64_t row = b * block; row < rows && row < (b + 1) * block; ++row)
+        for_lanes(cols, [=](int64_t i, int lanes) {
+          store_any(total + i, load_any(total + i, lanes) + load_any(x + row * cols + i, lanes), lanes);
+        });
+    }
+  });
+}
+
 }  // namespace
 
+void sum_rows(DType t, const void* x, int64_t rows, int64_t cols, float* partial) {
+  PYFAST_DISPATCH(t, T, sum_in_blocks((const T*)x, rows, cols, partial))
+}
 void sum_blocks(const float* partial, int64_t blocks, int64_t cols, DType t, void* out) {
   PYFAST_DISPATCH(t, T, sum(partial, blocks, cols, (T*)out))
 }

@@ -19,6 +19,10 @@ static inline int64_t row_blocks(int64_t rows) { return (rows + block_rows(rows)
 PYFAST_KERNEL(void, sum_blocks, (const float* partial, int64_t blocks, int64_t cols, DType t, void* out),
               (partial, blocks, cols, t, out))
 
+// partial[block][j] = sum over the block's rows of x[row][j]; partial has row_blocks(rows) lines of cols
+PYFAST_KERNEL(void, sum_rows, (DType t, const void* x, int64_t rows, int64_t cols, float* partial),
+              (t, x, rows, cols, partial))
+
 // out[i] = float(in[i]) + offset
 PYFAST_KERNEL(void, widen, (DType t, const void* in, float offset, float* out, int64_t n), (t, in, offset, out, n))
 
