@@ -1,8 +1,8 @@
 """The only place where a backend is chosen.
 
 `TABLE` gives, per op and device type, the backends in order of preference; the first that can serve the call is taken.
-The order comes from measurements (benchmarks/results). `use_backend` overrides it, and raises where the backend named
-cannot serve the call: it never falls through to another one.
+The order is set by measurements (benchmarks/NOTES.md), so far per op and not per shape. `use_backend` overrides it, and
+raises where the backend named cannot serve the call: it never falls through to another one.
 """
 
 import contextlib
