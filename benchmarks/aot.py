@@ -4,7 +4,7 @@ takes: registers, spills, shared memory, tensor-core instructions, and a static 
     python -m benchmarks.aot [--target sm_90 ...] [--kernel NAME ...] [--write]
 
 Without --write it prints; with it, it writes benchmarks/results/aot/<target>.csv. It runs the launchers themselves, on
-meta tensors of the shapes in CASES, so that what is compiled is what a launch would compile.
+meta tensors (benchmarks/launches.py), so that what is compiled is what a launch would compile.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from pyfast.kernels import launch
-from pyfast.kernels.tiles import TILES
+
+from .launches import CASES, MATRIX, classes
 
 #: name -> (target, dtype of the inputs, shared memory per program in bytes, registers per SM, threads per SM)
 TARGETS = {
@@ -48,131 +48,6 @@ FIELDS = [
     "tensor_core",
     "occupancy",
 ]
-
-
-def _meta(*shape, dtype):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _fp32(*shape):
-    return _meta(*shape, dtype=torch.float32)
-
-
-# ---- kernel -> (largest problem size of the main path, name of a variant -> a call of its launcher for a size and a
-# dtype); the first variant is the main path
-def _gated(n, dtype):
-    launch.launchers()["gated"](*(_meta(4096, 2 * n, dtype=dtype)[:, :n] for _ in range(2)), "silu")
-
-
-def _gated_backward(n, dtype):
-    views = (_meta(4096, 2 * n, dtype=dtype)[:, :n] for _ in range(3))
-    launch.launchers()["gated_backward"](*views, "silu")
-
-
-def _activate(n, dtype):
-    launch.launchers()["activate"](_meta(4096, n, dtype=dtype), _meta(n, dtype=dtype), "gelu")
-
-
-def _activate_backward(n, dtype):
-    x = _meta(4096, n, dtype=dtype)
-    launch.launchers()["activate_backward"](x, x, _meta(n, dtype=dtype), "gelu", True)
-
-
-def _cross_entropy(n, dtype):
-    upstream, target = _meta(4096, 2, dtype=torch.float64), _meta(4096, dtype=torch.int64)
-    launch.launchers()["cross_entropy"](_meta(4096, n, dtype=dtype), target, _fp32(n), upstream, -100, 0.1, 30.0)
-
-
-def _norm(n, dtype):
-    x, w = _meta(4096, n, dtype=dtype), _meta(n, dtype=dtype)
-    launch.launchers()["norm"](x, w, w, x, 1e-5, 0.0, True)
-
-
-def _norm_backward(n, dtype):
-    x, w, one = _meta(4096, n, dtype=dtype), _meta(n, dtype=dtype), _fp32(4096)
-    launch.launchers()["norm_backward"](x, x, x, one, one, w, w, 0.0, True, True, True)
-
-
-def _rope(n, dtype):
-    angles = _meta(1, 2048, n, dtype=dtype)
-    launch.launchers()["rope"](_meta(4, 2048, 32, n, dtype=dtype).transpose(1, 2), angles, angles, False, False)
-
-
-def _attention(dim, dtype, packed=False, everything=False, backward=False):
-    """Llama-3's heads, causal; packed with a window, as long-context models train; and every option at once."""
-    batch, heads, kv_heads, rows = 2, 32, 8, 4096
-    if packed:
-        q, out, dout = (_meta(batch * rows, heads, dim, dtype=dtype) for _ in range(3))
-        k, v = (_meta(batch * rows, kv_heads, dim, dtype=dtype) for _ in range(2))
-        sums = _fp32(heads, batch * rows)
-    else:
-        q, out, dout = (_meta(batch, rows, heads, dim, dtype=dtype).transpose(1, 2) for _ in range(3))
-        k, v = (_meta(batch, rows, kv_heads, dim, dtype=dtype).transpose(1, 2) for _ in range(2))
-        sums = _fp32(batch, heads, rows)
-    cu_seqlens = _meta(9, dtype=torch.int32) if packed else None
-    extra = [None, None, None, None, cu_seqlens, cu_seqlens]
-    options = [rows, dim**-0.5, 0.0, 1024 if packed else -1, 0, 0.0]
-    if everything:
-        bias, seed = _meta(batch, 1, rows, rows, dtype=dtype), _meta(dtype=torch.int64)
-        extra = [_fp32(heads), _meta(batch, rows, dtype=torch.bool), bias, seed, None, None]
-        options = [rows, dim**-0.5, 30.0, 1024, 0, 0.1]
-    if backward:
-        dlse = sums if everything else None
-        launch.launchers()["attention_backward"](dout, dlse, q, k, v, out, sums, sums, *extra, *options, everything)
-    else:
-        launch.launchers()["attention"](q, k, v, *extra, *options)
-
-
-def _matmul(n, dtype, dx=False):
-    """A projection of 4096 columns with its adapter in the epilogue; with dx, its gradient with dropout replayed."""
-    from pyfast.kernels.lora import matmul
-
-    x, weight, seed = _meta(8192, 4096, dtype=dtype), _meta(n, 4096, dtype=dtype), _meta(dtype=torch.int64)
-    adapter = (_fp32(8192, 16), _meta(n, 16, dtype=dtype).T, 2.0)
-    if dx:
-        adapter = (_fp32(8192, 16), _meta(16, n, dtype=dtype), 2.0)
-        matmul(x, _meta(4096, n, dtype=dtype), dtype, adapter=adapter, dropout=(seed, 0.1, (n, 1)))
-    else:
-        matmul(x, weight.T, dtype, adapter=adapter)
-
-
-def _matmul_down(n, dtype):
-    """x lora_Aᵀ with dropout."""
-    from pyfast.kernels.lora import matmul
-
-    dropout = (_meta(dtype=torch.int64), 0.1, (4096, 1))
-    matmul(_meta(8192, 4096, dtype=dtype), _meta(n, 4096, dtype=dtype).T, dtype, dropout=dropout, drop_a=True)
-
-
-def _dequantize(n, dtype):
-    codes = _meta(4096 * n // 2, 1, dtype=torch.uint8)
-    launch.launchers()["dequantize"](codes, _fp32(64 * n), [0.0] * 16, 1, 4096 * n, 1, 64, dtype)
-
-
-_ATTENTION = {"causal": {}, "packed window": {"packed": True}, "everything": {"everything": True}}
-_FORWARD = {name: partial(_attention, **options) for name, options in _ATTENTION.items()}
-_BACKWARD = {name: partial(_attention, **options, backward=True) for name, options in _ATTENTION.items()}
-
-CASES = {
-    "gated_kernel": (14336, {"": _gated}),
-    "gated_backward_kernel": (14336, {"": _gated_backward}),
-    "activate_kernel": (16384, {"": _activate}),
-    "activate_backward_kernel": (16384, {"": _activate_backward}),
-    "cross_entropy_kernel": (128256, {"": _cross_entropy}),
-    "norm_kernel": (8192, {"": _norm}),
-    "norm_backward_kernel": (8192, {"": _norm_backward}),
-    "rope_kernel": (128, {"": _rope}),
-    "dequantize_kernel": (4096, {"": _dequantize}),
-    "matmul_kernel": (
-        4096,
-        {"y": _matmul, "dx with dropout": partial(_matmul, dx=True), "h with dropout": _matmul_down},
-    ),
-    "attention_kernel": (128, _FORWARD),
-    "attention_dq_kernel": (128, _BACKWARD),
-    "attention_dkv_kernel": (128, _BACKWARD),
-}
-#: kernels that multiply matrices
-MATRIX = {"matmul_kernel", "attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"}
 
 
 class _Driver:
@@ -225,7 +100,8 @@ def compile_row(job: tuple[str, str, str, int]) -> dict:
         rows.append(row)
 
     launch.run = compile_instead
-    variants[variant](size, dtype)
+    with torch.device("meta"):
+        variants[variant](size, dtype)
     return rows[0]
 
 
@@ -266,13 +142,10 @@ def jobs(targets, kernels) -> list[tuple[str, str, str, int]]:
         for kernel in kernels:
             if target == "sm_75" and kernel in MATRIX:
                 continue  # Triton has no tensor cores there: dispatch leaves these ops to PyTorch
-            table, largest = TILES[kernel], 0
-            for limit, _ in table.get(target, table["default"]):
-                largest = limit or max(2 * largest, CASES[kernel][0])
-                size, (first, *others) = CASES[kernel][0], CASES[kernel][1]
-                found += [
-                    (target, kernel, variant, largest) for variant in (first, *(others if largest == size else ()))
-                ]
+            main, (first, *others) = CASES[kernel].size, CASES[kernel].calls
+            for _, size in classes(kernel, target):
+                variants = (first, *others) if size == main else (first,)
+                found += [(target, kernel, variant, size) for variant in variants]
     return found
 
 

@@ -46,13 +46,13 @@ def tile(kernel, device: torch.device, size: int = 0) -> dict:
     return next(tile for limit, tile in rows if limit is None or size <= limit)
 
 
-def run(kernel, programs: int, *arguments, **constants) -> None:
-    """Starts `programs` programs of a kernel, on the device of its first tensor."""
+def run(kernel, programs: int, *arguments, **constants):
+    """Starts `programs` programs of a kernel, on the device of its first tensor; returns the compiled kernel."""
     if programs == 0:
-        return
+        return None
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
+        return kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,12 @@
 
 Size is what the kernel's launcher passes to `launch.tile`; None is no limit. "default" serves every GPU without rows of
 its own; "interpreter" has small tiles, so that small tests cross many tile borders.
-Tiles marked "guess" have not been timed on hardware.
+Tiles marked "guess" have not been timed on hardware. `pyfast tune` times tiles on a GPU and writes the best of them to
+tiles_<architecture>.json beside this file, whose rows then stand here under that architecture.
 """
+
+import json
+from pathlib import Path
 
 TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
     # columns
@@ -148,3 +152,8 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         ],
     },
 }
+
+for _file in Path(__file__).parent.glob("tiles_*.json"):
+    for _kernel, _rows in json.loads(_file.read_text())["tiles"].items():
+        _tiles = [(row["up_to"], row["tile"]) for row in _rows]
+        TILES[_kernel][_file.stem.removeprefix("tiles_")] = _tiles

@@ -1,4 +1,4 @@
-"""The `pyfast` command: finetune, predict, generate, bench, doctor."""
+"""The `pyfast` command: finetune, predict, generate, bench, tune, doctor."""
 
 import sys
 
@@ -57,6 +57,14 @@ def generate(context: typer.Context) -> None:
 def bench(context: typer.Context) -> None:
     """Time the kernels beside their peers on this machine (--help lists the ops)."""
     from pyfast.benchmarks.__main__ import main
+
+    main(context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def tune(context: typer.Context) -> None:
+    """Time the Triton kernels' tiles on this GPU and write the table of its architecture (--help lists the kernels)."""
+    from pyfast.benchmarks.tune import main
 
     main(context.args)
 

@@ -1,0 +1,161 @@
+"""Calls of every Triton kernel's launcher at the sizes of training (Llama-3-8B's where an op has a place in it).
+
+`python -m benchmarks.aot` makes them on meta tensors and compiles what they would launch, `pyfast tune` makes them on a
+GPU and times it. A call takes the problem size (what the launcher passes to `launch.tile`) and the dtype; tensors are
+made on torch's default device.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from pyfast.kernels import launch
+from pyfast.kernels.tiles import TILES
+
+
+class Case(NamedTuple):
+    """size: the largest problem of the main path. calls: variant -> call; the first is the main path."""
+
+    size: int
+    calls: dict[str, Callable[[int, torch.dtype], object]]
+
+
+def _randn(*shape, dtype):
+    return torch.randn(shape, dtype=dtype)
+
+
+def _fp32(*shape):
+    return torch.rand(shape, dtype=torch.float32)
+
+
+def _seed():
+    return torch.zeros((), dtype=torch.int64)
+
+
+def _gated(n, dtype):
+    return launch.launchers()["gated"](*(_randn(4096, 2 * n, dtype=dtype)[:, :n] for _ in range(2)), "silu")
+
+
+def _gated_backward(n, dtype):
+    views = (_randn(4096, 2 * n, dtype=dtype)[:, :n] for _ in range(3))
+    return launch.launchers()["gated_backward"](*views, "silu")
+
+
+def _activate(n, dtype):
+    return launch.launchers()["activate"](_randn(4096, n, dtype=dtype), _randn(n, dtype=dtype), "gelu")
+
+
+def _activate_backward(n, dtype):
+    x = _randn(4096, n, dtype=dtype)
+    return launch.launchers()["activate_backward"](x, x, _randn(n, dtype=dtype), "gelu", True)
+
+
+def _cross_entropy(n, dtype):
+    upstream, target = torch.rand(4096, 2, dtype=torch.float64), torch.randint(n, (4096,))
+    return launch.launchers()["cross_entropy"](
+        _randn(4096, n, dtype=dtype), target, _fp32(n), upstream, -100, 0.1, 30.0
+    )
+
+
+def _norm(n, dtype):
+    x, w = _randn(4096, n, dtype=dtype), _randn(n, dtype=dtype)
+    return launch.launchers()["norm"](x, w, w, x, 1e-5, 0.0, True)
+
+
+def _norm_backward(n, dtype):
+    x, w, one = _randn(4096, n, dtype=dtype), _randn(n, dtype=dtype), _fp32(4096)
+    return launch.launchers()["norm_backward"](x, x, x, one, one, w, w, 0.0, True, True, True)
+
+
+def _rope(n, dtype):
+    angles = _randn(1, 2048, n, dtype=dtype)
+    x = _randn(4, 2048, 32, n, dtype=dtype).transpose(1, 2)
+    return launch.launchers()["rope"](x, angles, angles, False, False)
+
+
+def _attention(dim, dtype, packed=False, everything=False, backward=False):
+    """Llama-3's heads, causal; packed with a window, as long-context models train; and every option at once."""
+    batch, heads, kv_heads, rows = 2, 32, 8, 4096
+    if packed:
+        q, out, dout = (_randn(batch * rows, heads, dim, dtype=dtype) for _ in range(3))
+        k, v = (_randn(batch * rows, kv_heads, dim, dtype=dtype) for _ in range(2))
+        sums = _fp32(heads, batch * rows)
+    else:
+        q, out, dout = (_randn(batch, rows, heads, dim, dtype=dtype).transpose(1, 2) for _ in range(3))
+        k, v = (_randn(batch, rows, kv_heads, dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+        sums = _fp32(batch, heads, rows)
+    cu_seqlens = torch.arange(0, 9 * 1024, 1024, dtype=torch.int32) if packed else None
+    extra = [None, None, None, None, cu_seqlens, cu_seqlens]
+    options = [rows, dim**-0.5, 0.0, 1024 if packed else -1, 0, 0.0]
+    if everything:
+        bias, mask = _randn(batch, 1, rows, rows, dtype=dtype), torch.ones(batch, rows, dtype=torch.bool)
+        extra = [_fp32(heads), mask, bias, _seed(), None, None]
+        options = [rows, dim**-0.5, 30.0, 1024, 0, 0.1]
+    if backward:
+        dlse, maximum, log_sum = sums if everything else None, sums + 4, sums + 7
+        return launch.launchers()["attention_backward"](
+            dout, dlse, q, k, v, out, maximum, log_sum, *extra, *options, everything
+        )
+    return launch.launchers()["attention"](q, k, v, *extra, *options)
+
+
+def _matmul(n, dtype, dx=False):
+    """A projection of 4096 columns with its adapter in the epilogue; with dx, its gradient with dropout replayed."""
+    from pyfast.kernels.lora import matmul
+
+    x, weight = _randn(8192, 4096, dtype=dtype), _randn(n, 4096, dtype=dtype)
+    adapter = (_fp32(8192, 16), _randn(n, 16, dtype=dtype).T, 2.0)
+    if dx:
+        adapter = (_fp32(8192, 16), _randn(16, n, dtype=dtype), 2.0)
+        return matmul(x, _randn(4096, n, dtype=dtype), dtype, adapter=adapter, dropout=(_seed(), 0.1, (n, 1)))
+    return matmul(x, weight.T, dtype, adapter=adapter)
+
+
+def _matmul_down(n, dtype):
+    """x lora_Aᵀ with dropout."""
+    from pyfast.kernels.lora import matmul
+
+    x, weight = _randn(8192, 4096, dtype=dtype), _randn(n, 4096, dtype=dtype)
+    return matmul(x, weight.T, dtype, dropout=(_seed(), 0.1, (4096, 1)), drop_a=True)
+
+
+def _dequantize(n, dtype):
+    codes = torch.randint(256, (4096 * n // 2, 1), dtype=torch.uint8)
+    levels = [i / 16 for i in range(16)]
+    return launch.launchers()["dequantize"](codes, _fp32(64 * n), levels, 1, 4096 * n, 1, 64, dtype)
+
+
+_ATTENTION = {"causal": {}, "packed window": {"packed": True}, "everything": {"everything": True}}
+_FORWARD = {name: partial(_attention, **options) for name, options in _ATTENTION.items()}
+_BACKWARD = {name: partial(_attention, **options, backward=True) for name, options in _ATTENTION.items()}
+
+CASES = {
+    "gated_kernel": Case(14336, {"": _gated}),
+    "gated_backward_kernel": Case(14336, {"": _gated_backward}),
+    "activate_kernel": Case(16384, {"": _activate}),
+    "activate_backward_kernel": Case(16384, {"": _activate_backward}),
+    "cross_entropy_kernel": Case(128256, {"": _cross_entropy}),
+    "norm_kernel": Case(8192, {"": _norm}),
+    "norm_backward_kernel": Case(8192, {"": _norm_backward}),
+    "rope_kernel": Case(128, {"": _rope}),
+    "dequantize_kernel": Case(4096, {"": _dequantize}),
+    "matmul_kernel": Case(
+        4096, {"y": _matmul, "dx with dropout": partial(_matmul, dx=True), "h with dropout": _matmul_down}
+    ),
+    "attention_kernel": Case(128, _FORWARD),
+    "attention_dq_kernel": Case(128, _BACKWARD),
+    "attention_dkv_kernel": Case(128, _BACKWARD),
+}
+#: kernels that multiply matrices
+MATRIX = {"matmul_kernel", "attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"}
+
+
+def classes(kernel: str, architecture: str) -> list[tuple[int | None, int]]:
+    """(limit, a problem size to try it at) of every row of a kernel's tile table."""
+    found, size = [], 0
+    for limit, _ in TILES[kernel].get(architecture, TILES[kernel]["default"]):
+        size = limit or max(2 * size, CASES[kernel].size)
+        found.append((limit, size))
+    return found
