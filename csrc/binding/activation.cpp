@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> activate_backward_cpu(const Tensor& dy, const Tensor&
   Tensor dbias = torch::stable::new_empty(bias, {bias_gradient ? r.cols : 0});
   Tensor partial = new_fp32(x, {bias_gradient ? row_blocks(r.rows) : 0, r.cols});
   activate_backward(dtype_of(x), activation_of(activation), d, r, (const float*)b.const_data_ptr(),
-                    contiguous_rows(dx, r), (float*)partial.mutable_data_ptr(), dtype_of(bias),
+                    contiguous_rows(dx, r), {nullptr, 0}, (float*)partial.mutable_data_ptr(), dtype_of(bias),
                     bias_gradient ? dbias.mutable_data_ptr() : nullptr, r.rows, r.cols);
   return {dx, dbias};
 }

@@ -148,20 +148,17 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
 }
 
 // wanted: dx, then per projection dweight, dlora_A, dlora_B, dbias; the result has those that are wanted, in that order
-// (x is needed for dweight and dlora_A, h for dlora_B).
-Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::optional<Tensor> h, Tensors weight,
-                                  Optionals lora_A, Optionals lora_B, std::vector<double> scaling, Optionals bias,
-                                  double dropout_p, Optionals seed, std::vector<bool> wanted) {
+// (x is needed for dweight and dlora_A, h for dlora_B). after_dx(dx, x) is called as soon as dx is known; it may set x.
+template <class F>
+Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tensor> h, Tensors weight, Optionals lora_A,
+                         Optionals lora_B, std::vector<double> scaling, Optionals bias, double dropout_p,
+                         Optionals seed, std::vector<bool> wanted, const F& after_dx) {
   const Projections projections(weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
   STD_TORCH_CHECK(dy.size() == weight.size() && wanted.size() == 1 + 4 * weight.size() && dy[0].dim() == 2,
                   "dy and wanted do not fit the number of weights, or dy[0] is no matrix");
   const Tensor& like = weight[0];
   const int64_t rows = dy[0].size(0), k = projections.k, rank = projections.rank;
   const DType t = projections.dtype;
-  if (x) {
-    projections.check_input(*x);
-    CHECK_SHAPE(*x, rows, k);
-  }
   if (h) {
     CHECK_SHAPE(*h, rows, rank);
     CHECK_CONTIGUOUS(h.value());
@@ -170,16 +167,16 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
   const float* h_data = h ? static_cast<const float*>(h->const_data_ptr()) : nullptr;
   const auto want = [&](size_t i, int which) { return bool(wanted[1 + 4 * i + which]); };
 
-  bool want_dh = wanted[0];
+  bool want_dh = wanted[0], want_x = false;
   for (size_t i = 0; i < projections.each.size(); ++i) {
     const Projection& p = projections.each[i];
     CHECK_SHAPE(dy[i], rows, p.n);
     CHECK_CONTIGUOUS(dy[i]);
     CHECK_SAME_DTYPE(dy[i], like);
-    STD_TORCH_CHECK(
-        (x || !want(i, 0)) && ((p.r && x) || !want(i, 1)) && ((p.r && h) || !want(i, 2)) && (p.bias || !want(i, 3)),
-        "an input of a wanted gradient is missing");
+    STD_TORCH_CHECK((p.r || !want(i, 1)) && ((p.r && h) || !want(i, 2)) && (p.bias || !want(i, 3)),
+                    "an input of a wanted gradient is missing");
     want_dh = want_dh || want(i, 1);
+    want_x = want_x || want(i, 0) || want(i, 1);
   }
   Tensor dh = torch::stable::new_empty(like, {rows, want_dh ? rank : 0}, ScalarType::Float);
   float* dh_data = static_cast<float*>(dh.mutable_data_ptr());
@@ -214,7 +211,13 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
       matmul_out(dx, dy[i], projections.each[i].weight, written);
       written = true;
     }
+    after_dx(dx, x);
     results.push_back(dx);
+  }
+  STD_TORCH_CHECK(x || !want_x, "an input of a wanted gradient is missing");
+  if (want_x) {
+    projections.check_input(*x);
+    CHECK_SHAPE(*x, rows, k);
   }
 
   bool want_dA = false;
@@ -265,6 +268,13 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
   return results;
 }
 
+Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::optional<Tensor> h, Tensors weight,
+                                  Optionals lora_A, Optionals lora_B, std::vector<double> scaling, Optionals bias,
+                                  double dropout_p, Optionals seed, std::vector<bool> wanted) {
+  return linears_backward(dy, x, h, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, wanted,
+                          [](Tensor&, std::optional<Tensor>&) {});
+}
+
 // ---- mlp: the last projection is down, the ones before it are gate and up, or up alone
 
 template <class T>
@@ -277,7 +287,17 @@ std::vector<T> last(const std::vector<T>& all) {
   return {all.back()};
 }
 
-Tensor activate_hidden(const Tensors& hidden, Activation activation) {
+// Without a gate, up's bias is not in its hidden product: the activation adds it, in the same pass.
+std::optional<Tensor> up_bias(const Tensors& hidden, const Optionals& bias) {
+  if (hidden.size() > 1 || !bias[0]) return {};
+  CHECK_SHAPE(*bias[0], hidden[0].size(1));
+  return to_fp32(*bias[0]);
+}
+const float* data_or_null(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+Tensor activate_hidden(const Tensors& hidden, Activation activation, const std::optional<Tensor>& bias) {
   const Tensor& up = hidden.back();
   const int64_t rows = up.size(0), columns = up.size(1);
   Tensor a = new_contiguous(up);
@@ -287,7 +307,7 @@ Tensor activate_hidden(const Tensors& hidden, Activation activation) {
     CHECK_SHAPE(hidden[0], rows, columns);
     gated(dtype_of(up), activation, {hidden[0].const_data_ptr(), columns}, in, result, rows, columns);
   } else {
-    activate(dtype_of(up), activation, in, nullptr, result, rows, columns);
+    activate(dtype_of(up), activation, in, data_or_null(bias), result, rows, columns);
   }
   return a;
 }
@@ -295,9 +315,11 @@ Tensor activate_hidden(const Tensors& hidden, Activation activation) {
 std::tuple<Tensor, Tensors, Tensor, Tensor> lora_mlp_cpu(const Tensor& x, Tensors weight, Optionals lora_A,
                                                          Optionals lora_B, std::vector<double> scaling, Optionals bias,
                                                          double dropout_p, Optionals seed, std::string activation) {
-  auto [hidden, h] = lora_linears_cpu(x, first(weight), first(lora_A), first(lora_B), first(scaling), first(bias),
+  Optionals bias_first = first(bias);
+  if (bias_first.size() == 1) bias_first[0].reset();
+  auto [hidden, h] = lora_linears_cpu(x, first(weight), first(lora_A), first(lora_B), first(scaling), bias_first,
                                       dropout_p, first(seed));
-  const Tensor a = activate_hidden(hidden, activation_of(activation));
+  const Tensor a = activate_hidden(hidden, activation_of(activation), up_bias(hidden, bias));
   auto [y, h_down] =
       lora_linears_cpu(a, last(weight), last(lora_A), last(lora_B), last(scaling), last(bias), dropout_p, last(seed));
   return {y[0], hidden, h, h_down};
@@ -308,44 +330,64 @@ Tensors lora_mlp_backward_cpu(const Tensor& dy, std::optional<Tensor> x, Tensors
                               std::optional<Tensor> h_down, Tensors weight, Optionals lora_A, Optionals lora_B,
                               std::vector<double> scaling, Optionals bias, double dropout_p, Optionals seed,
                               std::string activation_name, std::vector<bool> wanted) {
-  STD_TORCH_CHECK(!hidden.empty() && wanted.size() == 1 + 4 * weight.size() && hidden.size() + 1 == weight.size(),
+  STD_TORCH_CHECK(!hidden.empty() && wanted.size() == 1 + 4 * weight.size() && hidden.size() + 1 == weight.size() &&
+                      bias.size() == weight.size(),
                   "hidden and wanted do not fit the number of weights");
   const Activation activation = activation_of(activation_name);
   const Tensor& up = hidden.back();
+  const int64_t rows = up.size(0), columns = up.size(1);
+  const DType t = dtype_of(up);
   CHECK_SHAPE(up, dy.size(0), weight.back().size(1));
-  for (const Tensor& t : hidden) {
-    CHECK_CONTIGUOUS(t);
-    CHECK_SAME_DTYPE(t, dy);
+  for (const Tensor& product : hidden) {
+    CHECK_CONTIGUOUS(product);
+    CHECK_SAME_DTYPE(product, dy);
+    CHECK_SHAPE(product, rows, columns);
   }
-  const std::vector<bool> wanted_first(wanted.begin(), wanted.end() - 4);
-  std::vector<bool> wanted_down(wanted.end() - 4, wanted.end());
+  const bool gated_mlp = hidden.size() == 2;
+  const std::optional<Tensor> b = up_bias(hidden, bias);
+  std::vector<bool> wanted_first(wanted.begin(), wanted.end() - 4), wanted_down(wanted.end() - 4, wanted.end());
   bool below = false;
   for (bool w : wanted_first) below = below || w;
   wanted_down.insert(wanted_down.begin(), below);
+  const bool want_a = wanted_down[1] || wanted_down[2];
+
+  // up's bias gradient is summed beside the activation where no dB's pass could take it along
+  std::optional<Tensor> dbias;
+  if (!gated_mlp && wanted[4] && !wanted[3]) {
+    STD_TORCH_CHECK(bias[0], "an input of a wanted gradient is missing");
+    dbias = torch::stable::new_empty(*bias[0], {columns});
+    wanted_first[4] = false;
+  }
 
   std::optional<Tensor> a;
-  if (wanted_down[1] || wanted_down[2]) a = activate_hidden(hidden, activation);
-  Tensors down = lora_linears_backward_cpu({dy}, a, h_down, last(weight), last(lora_A), last(lora_B), last(scaling),
-                                           last(bias), dropout_p, last(seed), wanted_down);
+  if (want_a && (gated_mlp || !below)) a = activate_hidden(hidden, activation, b);
+  // the gradient of the activation's result becomes that of its input in place, and the result itself is computed on
+  // the way where there is no gate
+  const auto through_activation = [&](Tensor& d, std::optional<Tensor>& a) {
+    if (gated_mlp) return;
+    if (want_a) a = new_contiguous(up);
+    Tensor partial = new_fp32(up, {dbias ? row_blocks(rows) : 0, columns});
+    activate_backward(t, activation, {d.const_data_ptr(), columns}, {up.const_data_ptr(), columns}, data_or_null(b),
+                      {d.mutable_data_ptr(), columns}, {want_a ? a->mutable_data_ptr() : nullptr, columns},
+                      (float*)partial.mutable_data_ptr(), dbias ? dtype_of(*dbias) : DType::fp32,
+                      dbias ? dbias->mutable_data_ptr() : nullptr, rows, columns);
+  };
+  Tensors down = linears_backward({dy}, a, h_down, last(weight), last(lora_A), last(lora_B), last(scaling), last(bias),
+                                  dropout_p, last(seed), wanted_down, through_activation);
   if (!below) return down;
 
-  // the gradient of the activation's result becomes that of its input in place; a's memory takes the second one
-  Tensor d = down[0];
-  const int64_t rows = up.size(0), columns = up.size(1);
-  const Rows given{d.const_data_ptr(), columns}, in{up.const_data_ptr(), columns};
-  const MutableRows result{d.mutable_data_ptr(), columns};
-  Tensors dhidden = {d};
-  if (hidden.size() == 2) {
-    CHECK_SHAPE(hidden[0], rows, columns);
-    dhidden.push_back(a ? *a : new_contiguous(up));
-    gated_backward(dtype_of(up), activation, given, {hidden[0].const_data_ptr(), columns}, in, result,
-                   {dhidden[1].mutable_data_ptr(), columns}, rows, columns);
-  } else {
-    activate_backward(dtype_of(up), activation, given, in, nullptr, result, nullptr, DType::fp32, nullptr, rows,
-                      columns);
+  Tensors dhidden = {down[0]};
+  if (gated_mlp) {  // a's memory takes the second gradient
+    Tensor& d = dhidden[0];
+    Tensor dup = a ? *a : new_contiguous(up);
+    gated_backward(t, activation, {d.const_data_ptr(), columns}, {hidden[0].const_data_ptr(), columns},
+                   {up.const_data_ptr(), columns}, {d.mutable_data_ptr(), columns}, {dup.mutable_data_ptr(), columns},
+                   rows, columns);
+    dhidden.push_back(dup);
   }
   Tensors results = lora_linears_backward_cpu(dhidden, x, h, first(weight), first(lora_A), first(lora_B),
                                               first(scaling), first(bias), dropout_p, first(seed), wanted_first);
+  if (dbias) results.push_back(*dbias);  // the last of up's
   results.insert(results.end(), down.begin() + 1, down.end());
   return results;
 }

@@ -73,24 +73,25 @@ void activate_forward(Rows x, const float* bias, MutableRows y, int64_t rows, in
 }
 
 template <class T, class A, bool Sum>
-PF_INLINE void activate_back_row(const T* d, const T* x, const float* bias, T* dx, float* total, int64_t n) {
+PF_INLINE void activate_back_row(const T* d, const T* x, const float* bias, T* dx, T* value, float* total, int64_t n) {
   for_lanes(n, [=](int64_t i, int lanes) {
     fvec v = load_any(x + i, lanes);
     if (bias) v += load_any(bias + i, lanes);
-    fvec g =
-        load_any(d + i, lanes) * A::template both<std::conditional_t<Sum, float, T>>(v).slope;  // dbias may be fp32
+    ValueSlope both = A::template both<std::conditional_t<Sum, float, T>>(v);  // dbias may be fp32
+    fvec g = load_any(d + i, lanes) * both.slope;
     store_any(dx + i, g, lanes);
+    if (value) store_any(value + i, both.value, lanes);
     if constexpr (Sum) store_any(total + i, load_any(total + i, lanes) + g, lanes);
   });
 }
 
 template <class T, class A>
-void activate_back(Rows dy, Rows x, const float* bias, MutableRows dx, float* partial, bool sum, int64_t rows,
-                   int64_t cols) {
+void activate_back(Rows dy, Rows x, const float* bias, MutableRows dx, MutableRows value, float* partial, bool sum,
+                   int64_t rows, int64_t cols) {
   if (!sum) {
     for_pieces(rows, cols, [=](int64_t row, int64_t col, int64_t n) {
       activate_back_row<T, A, false>(at<T>(dy, row, col), at<T>(x, row, col), bias ? bias + col : nullptr,
-                                     at<T>(dx, row, col), nullptr, n);
+                                     at<T>(dx, row, col), value.data ? at<T>(value, row, col) : nullptr, nullptr, n);
     });
     return;
   }
@@ -100,7 +101,8 @@ void activate_back(Rows dy, Rows x, const float* bias, MutableRows dx, float* pa
       float* total = partial + b * cols;
       std::memset(total, 0, cols * sizeof(float));
       for (int64_t row = b * block; row < rows && row < (b + 1) * block; ++row)
-        activate_back_row<T, A, true>(at<T>(dy, row), at<T>(x, row), bias, at<T>(dx, row), total, cols);
+        activate_back_row<T, A, true>(at<T>(dy, row), at<T>(x, row), bias, at<T>(dx, row),
+                                      value.data ? at<T>(value, row) : nullptr, total, cols);
     }
   });
 }
@@ -121,10 +123,10 @@ void gated_backward(DType t, Activation a, Rows dy, Rows gate, Rows up, MutableR
 void activate(DType t, Activation a, Rows x, const float* bias, MutableRows y, int64_t rows, int64_t cols) {
   PYFAST_DISPATCH_ACTIVATION(a, A, PYFAST_DISPATCH(t, T, activate_forward<T, A>(x, bias, y, rows, cols)))
 }
-void activate_backward(DType t, Activation a, Rows dy, Rows x, const float* bias, MutableRows dx, float* partial,
-                       DType dbias_type, void* dbias, int64_t rows, int64_t cols) {
+void activate_backward(DType t, Activation a, Rows dy, Rows x, const float* bias, MutableRows dx, MutableRows value,
+                       float* partial, DType dbias_type, void* dbias, int64_t rows, int64_t cols) {
   PYFAST_DISPATCH_ACTIVATION(
-      a, A, PYFAST_DISPATCH(t, T, activate_back<T, A>(dy, x, bias, dx, partial, dbias != nullptr, rows, cols)))
+      a, A, PYFAST_DISPATCH(t, T, activate_back<T, A>(dy, x, bias, dx, value, partial, dbias != nullptr, rows, cols)))
   if (dbias) PYFAST_ISA::sum_blocks(partial, row_blocks(rows), cols, dbias_type, dbias);
 }
 

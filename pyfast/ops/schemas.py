@@ -116,7 +116,8 @@ def _wanted_gradients(dy, weight, lora_A, lora_B, bias, wanted):
     return results + [p.new_empty(p.shape) for p, w in zip(parameters, wanted[1:], strict=True) if w]
 
 
-# gate, up and down, or up and down: hidden is the result of all but the last, h and h_down belong to them
+# gate, up and down, or up and down: hidden is the result of all but the last (a backend may leave up's bias to the
+# activation), h and h_down belong to them
 @kernel(f"lora_mlp(Tensor x, {_PROJECTIONS}, str activation) -> (Tensor, Tensor[] hidden, Tensor h, Tensor h_down)")
 def _(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, activation):
     ranks = [0 if a is None else a.shape[0] for a in lora_A]
