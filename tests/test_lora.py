@@ -89,6 +89,13 @@ def test_linear_dropout(kernel, dtype, adapter):
         check(linear, [x, p], {"dropout_p": 0.3, "seed": seed}, backend=kernel[0], arch=kernel[1])
 
 
+@pytest.mark.parametrize("rows, k, n, rank", [(1, 1, 1, 1), (133, 257, 64, 16), (70, 1100, 40, 33)])
+def test_linear_dropout_shapes(kernel, dtype, rows, k, n, rank):
+    """Masks of several tiles, and rows that begin within a block of random words."""
+    x, p = drawn(rows, k, dtype=dtype), projection(n, k, dtype, rank=rank)
+    check(linear, [x, p], {"dropout_p": 0.4, "seed": 7}, backend=kernel[0], arch=kernel[1])
+
+
 def test_dropout_mask_is_the_backends_common_one(kernel):
     """With lora_A = lora_B = 1 the result is dropout(x) itself, to be compared element by element."""
     x = torch.ones(64, 32)

@@ -88,20 +88,29 @@ inline void philox_store(PhiloxLanes c0, PhiloxLanes c1, PhiloxLanes c2, PhiloxL
 }
 #endif
 
+// M registers at a time: each of their chains waits for its own multiplications, and together they do not.
+template <int M>
 inline void philox4x32_lanes(uint64_t seed, uint64_t block, uint32_t* words) {
   const PhiloxLanes mul0 = philox_fill(0xD2511F53), mul1 = philox_fill(0xCD9E8D57);
-  PhiloxLanes blocks = philox_add(philox_fill(block), philox_iota());
-  PhiloxLanes c0 = blocks, c1 = philox_high(blocks), c2 = philox_fill(0), c3 = c2;
+  PhiloxLanes c0[M], c1[M], c2[M], c3[M];
+  for (int m = 0; m < M; ++m) {
+    c0[m] = philox_add(philox_fill(block + m * kPhiloxLanes), philox_iota());
+    c1[m] = philox_high(c0[m]);
+    c2[m] = c3[m] = philox_fill(0);
+  }
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    PhiloxLanes p0 = philox_multiply(c0, mul0), p1 = philox_multiply(c2, mul1);
-    c0 = philox_xor(philox_high(p1), c1, philox_fill(key0));
-    c2 = philox_xor(philox_high(p0), c3, philox_fill(key1));
-    c1 = p1;
-    c3 = p0;
+    const PhiloxLanes k0 = philox_fill(key0), k1 = philox_fill(key1);
+    for (int m = 0; m < M; ++m) {
+      PhiloxLanes p0 = philox_multiply(c0[m], mul0), p1 = philox_multiply(c2[m], mul1);
+      c0[m] = philox_xor(philox_high(p1), c1[m], k0);
+      c2[m] = philox_xor(philox_high(p0), c3[m], k1);
+      c1[m] = p1;
+      c3[m] = p0;
+    }
     key0 += 0x9E3779B9, key1 += 0xBB67AE85;
   }
-  philox_store(c0, c1, c2, c3, words);
+  for (int m = 0; m < M; ++m) philox_store(c0[m], c1[m], c2[m], c3[m], words + 4 * kPhiloxLanes * m);
 }
 #endif
 
@@ -115,7 +124,9 @@ inline void philox_words(uint64_t seed, uint64_t begin, int64_t count, uint32_t*
     for (uint64_t w = begin % 4; w < 4 && i < count; ++w) words[i++] = buffer[w];
   }
 #if defined(__AVX2__) && !defined(__CUDACC__)
-  for (; i + 4 * kPhiloxLanes <= count; i += 4 * kPhiloxLanes) philox4x32_lanes(seed, (begin + i) / 4, words + i);
+  constexpr int kWords = 4 * kPhiloxLanes, M = kPhiloxLanes == 8 ? 4 : 2;  // as many as the registers hold
+  for (; i + M * kWords <= count; i += M * kWords) philox4x32_lanes<M>(seed, (begin + i) / 4, words + i);
+  for (; i + kWords <= count; i += kWords) philox4x32_lanes<1>(seed, (begin + i) / 4, words + i);
 #else
   for (; i + 4 * N <= count; i += 4 * N) philox4x32<N>(seed, (begin + i) / 4, words + i);
 #endif
@@ -144,11 +155,13 @@ struct Dropout {
 
   // factors of count consecutive logical indices
   void fill(uint64_t begin, int64_t count, float* factors) const {
-    uint32_t words[64];
+    constexpr int64_t kStep = 512;
+    uint32_t words[kStep];
+    const Dropout local = *this;  // factors may not alias it: the loop below becomes vectors
     while (count > 0) {
-      int64_t n = count < 64 ? count : 64;
+      int64_t n = count < kStep ? count : kStep;
       philox_words(seed, begin, n, words);
-      for (int64_t i = 0; i < n; ++i) factors[i] = factor(words[i]);
+      for (int64_t i = 0; i < n; ++i) factors[i] = local.factor(words[i]);
       begin += n, factors += n, count -= n;
     }
   }

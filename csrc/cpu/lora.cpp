@@ -1,7 +1,7 @@
 // Two forms of each product. Vectors: register tiles of fp32 accumulators; 16-bit inputs are widened, and dropped out,
 // into a small scratch tile once and then used for all r columns. Sums are cut into blocks, which bounds their rounding
-// error. AMX, for bf16 without dropout: the thin operand is rounded to bf16 too and packed once per call, the tall one
-// goes through tiles as it lies in memory.
+// error. AMX, for bf16: the thin operand is rounded to bf16 too and packed once per call, the tall one goes through
+// tiles as it lies in memory, or with its dropped elements masked out; dropout's scale multiplies the fp32 results.
 #include "cpu/lora.h"
 
 #include <algorithm>
@@ -18,13 +18,13 @@ namespace {
 
 constexpr int ACC = VL == 16 ? 16 : 8;  // accumulator vectors per tile: half of the registers
 
-// out[c] = dropout(x)[c], c < n, as fp32; `index` numbers x[0]
+// out[c] = factor[c] x[c] as fp32, c < n; a null factor is 1
 template <class T>
-PF_INLINE void widen(const T* x, int64_t n, const Dropout* dropout, uint64_t index, float* out) {
-  if (dropout) {
-    dropout->fill(index, n, out);
-    for_lanes(
-        n, [=](int64_t i, int lanes) { store_any(out + i, load_any(out + i, lanes) * load_any(x + i, lanes), lanes); });
+PF_INLINE void widen(const T* x, int64_t n, const float* factor, float* out) {
+  if (factor) {
+    for_lanes(n, [=](int64_t i, int lanes) {
+      store_any(out + i, load_any(factor + i, lanes) * load_any(x + i, lanes), lanes);
+    });
   } else {
     for_lanes(n, [=](int64_t i, int lanes) { store_any(out + i, load_any(x + i, lanes), lanes); });
   }
@@ -64,7 +64,10 @@ void down(const T* x, int64_t first, int64_t last, int64_t k, const Dropout* dro
     for (int64_t c = 0; c < k; c += kDepth) {
       const int64_t depth = std::min(kDepth, k - c);
       for (int64_t m = 0; m < count; ++m) {
-        widen(x + (i + m) * k + c, depth, dropout, uint64_t((i + m) * k + c), block + m * kDepth);
+        const int64_t e = (i + m) * k + c;
+        float factor[kDepth];
+        if (dropout) dropout->fill(uint64_t(e), depth, factor);
+        widen(x + e, depth, dropout ? factor : nullptr, block + m * kDepth);
       }
       for (int64_t j = 0; j < width; j += NV * VL) down_tile<NV>(block, a + c * lda + j, lda, depth, total + j, width);
     }
@@ -76,8 +79,8 @@ void down(const T* x, int64_t first, int64_t last, int64_t k, const Dropout* dro
 constexpr int64_t kUpRows = 64, kUpColumns = 512;  // b's block (32 KB at r = 16) is used for all rows of a task
 
 template <int MR, int NV, class T>
-PF_INLINE void up_tile(T* y, int64_t n, int lanes, const Dropout* dropout, uint64_t index, const float* h, int64_t ldh,
-                       int64_t r, const float* b, int64_t ldb, const float* bias, bool accumulate) {
+PF_INLINE void up_tile(T* y, int64_t n, int lanes, const float* factor, const float* h, int64_t ldh, int64_t r,
+                       const float* b, int64_t ldb, const float* bias, bool accumulate) {
   fvec acc[MR][NV] = {};
   for (int64_t j = 0; j < r; ++j) {
     fvec panel[NV];
@@ -89,11 +92,7 @@ PF_INLINE void up_tile(T* y, int64_t n, int lanes, const Dropout* dropout, uint6
   for (int m = 0; m < MR; ++m)
     for (int v = 0; v < NV; ++v) {
       fvec term = acc[m][v];
-      if (dropout) {
-        float factor[VL];
-        dropout->fill(index + m * n + v * VL, lanes, factor);
-        term *= load_any(factor, lanes);
-      }
+      if (factor) term *= load_any(factor + m * kUpColumns + v * VL, lanes);
       if (bias) term += load(bias + v * VL);
       T* p = y + m * n + v * VL;
       if (accumulate) term += load_any(p, lanes);
@@ -107,9 +106,12 @@ PF_INLINE void up_rows(T* y, int64_t row, int64_t n, int64_t begin, int64_t end,
   constexpr int NV = 4;
   const int64_t ldb = padded(n);
   int64_t c = begin;
+  float factor[MR * kUpColumns];
+  for (int m = 0; m < MR && dropout; ++m)
+    dropout->fill(uint64_t((row + m) * n + begin), end - begin, factor + m * kUpColumns);
   const auto tile = [&](auto vectors, int lanes) {
-    up_tile<MR, vectors.value>(y + row * n + c, n, lanes, dropout, uint64_t(row * n + c), h + row * ldh, ldh, r, b + c,
-                               ldb, bias ? bias + c : nullptr, accumulate);
+    up_tile<MR, vectors.value>(y + row * n + c, n, lanes, dropout ? factor + c - begin : nullptr, h + row * ldh, ldh, r,
+                               b + c, ldb, bias ? bias + c : nullptr, accumulate);
   };
   for (; c + NV * VL <= end; c += NV * VL) tile(std::integral_constant<int, NV>(), VL);
   for (; c < end; c += VL) tile(std::integral_constant<int, 1>(), int(std::min<int64_t>(VL, end - c)));
@@ -163,8 +165,9 @@ void outer(const T* x, int64_t rows, int64_t m, const Dropout* dropout, const fl
   const int64_t ldg = padded(m);
   // about 8 tasks, whatever the number of threads, so that results do not depend on it: each a strip of columns, wide
   // enough for its rows to be read as streams
+  constexpr int64_t kStrip = 256;
   const int64_t strip =
-      std::clamp((m / 8 + kOuterColumns - 1) / kOuterColumns, int64_t(1), 256 / kOuterColumns) * kOuterColumns;
+      std::clamp((m / 8 + kOuterColumns - 1) / kOuterColumns, int64_t(1), kStrip / kOuterColumns) * kOuterColumns;
   parallel_for((m + strip - 1) / strip, 1, [&](int64_t first, int64_t last) {
     std::vector<float> block(strip / kOuterColumns * kTileFloats);
     for (int64_t task = first; task < last; ++task) {
@@ -174,9 +177,11 @@ void outer(const T* x, int64_t rows, int64_t m, const Dropout* dropout, const fl
       for (int64_t i = 0; i < rows; i += kOuterRows) {
         const int64_t count = std::min(kOuterRows, rows - i);
         for (int64_t row = 0; row < count; ++row) {
+          const int64_t e = (i + row) * m + begin;
+          float factor[kStrip];
+          if (dropout) dropout->fill(uint64_t(e), width, factor);
           for (int64_t c = 0; c < width; c += kOuterColumns) {
-            const int64_t e = (i + row) * m + begin + c;
-            widen(x + e, std::min(kOuterColumns, width - c), dropout, uint64_t(e),
+            widen(x + e + c, std::min(kOuterColumns, width - c), dropout ? factor + c : nullptr,
                   &block[c / kOuterColumns * kTileFloats + row * kOuterColumns]);
           }
         }
@@ -200,9 +205,27 @@ void outer(const T* x, int64_t rows, int64_t m, const Dropout* dropout, const fl
 #ifdef __AVX512F__
 // ---- the same with AMX
 
-bool use_amx(DType t, DropoutArgs dropout) { return t == DType::bf16 && dropout.p == 0 && current_isa() == Isa::amx; }
+bool use_amx(DType t) { return t == DType::bf16 && current_isa() == Isa::amx; }
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// bits[c / 32]: which of the `count` elements numbered from `begin` on dropout keeps, a bit each, with any bits beyond
+// them; all without dropout
+void kept(const Dropout* dropout, uint64_t begin, int64_t count, uint32_t* bits) {
+  if (!dropout) return (void)std::fill_n(bits, blocks(count, 32), ~0u);
+  constexpr int64_t kStep = 512;
+  alignas(64) uint32_t words[kStep] = {};
+  const __m512i threshold = _mm512_set1_epi32(int(dropout->threshold));
+  for (int64_t c = 0; c < count; c += kStep) {
+    const int64_t n = std::min(kStep, count - c);
+    philox_words(dropout->seed, begin + c, n, words);
+    for (int64_t i = 0; i < n; i += 32) {
+      const uint32_t low = _mm512_cmpge_epu32_mask(_mm512_load_si512(words + i), threshold);
+      const uint32_t high = _mm512_cmpge_epu32_mask(_mm512_load_si512(words + i + 16), threshold);
+      bits[(c + i) / 32] = low | high << 16;
+    }
+  }
+}
 
 // The first `lanes` of 16 floats and zeros; `lanes` may be negative or larger.
 PF_INLINE fvec load_first(const float* p, int64_t lanes) {
@@ -228,10 +251,11 @@ std::vector<bf16> pack_panel(const float* panel, int64_t ld, int64_t depth, int6
   return tiles;
 }
 
-// MR x 16 rows of x from `row` on times NR x 16 columns of the panel, whose tiles start at `tiles`
+// MR x 16 rows of x from `row` on times NR x 16 columns of the panel, whose tiles start at `tiles`; bits: null, or the
+// elements of these rows that dropout keeps
 template <int MR, int NR>
-void amx_down_block(const bf16* x, int64_t row, int64_t end, int64_t k, const bf16* tiles, int64_t across, int64_t r,
-                    float* h, int64_t ldh) {
+void amx_down_block(const bf16* x, int64_t row, int64_t end, int64_t k, const uint32_t* bits, float scale,
+                    const bf16* tiles, int64_t across, int64_t r, float* h, int64_t ldh) {
   alignas(64) bf16 edge[kTileSize];
   alignas(64) float result[kTileResult];
   unrolled<MR * NR>([](auto c) { Tiles::zero<c>(); });
@@ -242,11 +266,15 @@ void amx_down_block(const bf16* x, int64_t row, int64_t end, int64_t k, const bf
       const int64_t count = std::min<int64_t>(kTile, end - row - m * kTile),
                     depth = std::min<int64_t>(kTileDepth, k - d);
       if (count <= 0) return;
-      if (count == kTile && depth == kTileDepth) {
+      if (count == kTile && depth == kTileDepth && !bits) {
         Tiles::load<6 + m % 2>(p, k * sizeof(bf16));
       } else {
-        std::memset(edge, 0, sizeof edge);
-        for (int64_t i = 0; i < count; ++i) std::memcpy(edge + i * kTileDepth, p + i * k, depth * sizeof(bf16));
+        const __mmask32 there = depth == kTileDepth ? ~0u : (1u << depth) - 1;
+        for (int64_t i = 0; i < kTile; ++i) {
+          __mmask32 mask = i < count ? there : 0;
+          if (bits && i < count) mask &= bits[(m * kTile + i) * blocks(k, kTileDepth) + d / kTileDepth];
+          _mm512_store_si512(edge + i * kTileDepth, _mm512_maskz_loadu_epi16(mask, p + i * k));
+        }
         Tiles::load<6 + m % 2>(edge);
       }
       unrolled<NR>([&](auto n) { Tiles::multiply<m * NR + n, 6 + m % 2, 4 + n>(); });
@@ -256,36 +284,47 @@ void amx_down_block(const bf16* x, int64_t row, int64_t end, int64_t k, const bf
     const int64_t first = row + c / NR * kTile, column = c % NR * kTile;
     Tiles::store<c>(result);
     for (int64_t i = 0; i < kTile && first + i < end && column < r; ++i) {
-      std::copy_n(result + i * kTile, std::min<int64_t>(kTile, r - column), h + (first + i) * ldh + column);
+      const int lanes = int(std::min<int64_t>(kTile, r - column));
+      store_any(h + (first + i) * ldh + column, scale * load(result + i * kTile), lanes);
     }
   });
 }
 
-void amx_down(const bf16* x, int64_t rows, int64_t k, const float* a, int64_t lda, int64_t r, float* h, int64_t ldh) {
+void amx_down(const bf16* x, int64_t rows, int64_t k, const Dropout* dropout, const float* a, int64_t lda, int64_t r,
+              float* h, int64_t ldh) {
   const int64_t across = r <= kTile ? 1 : blocks(r, 2 * kTile) * 2;
   const std::vector<bf16> tiles = pack_panel(a, lda, k, r, across);
   parallel_for(rows, 4 * kTile, [&](int64_t first, int64_t last) {
     Tiles scope;
-    if (across == 1) {
-      for (int64_t i = first; i < last; i += 4 * kTile) amx_down_block<4, 1>(x, i, last, k, tiles.data(), 1, r, h, ldh);
-      return;
-    }
-    for (int64_t i = first; i < last; i += 2 * kTile) {
+    const int64_t height = across == 1 ? 4 * kTile : 2 * kTile, words = blocks(k, kTileDepth);
+    const float scale = dropout ? dropout->scale : 1.f;
+    std::vector<uint32_t> bits(dropout ? height * words : 0);
+    for (int64_t i = first; i < last; i += height) {
+      for (int64_t row = i; row < std::min(last, i + height) && dropout; ++row)
+        kept(dropout, uint64_t(row * k), k, &bits[(row - i) * words]);
+      const uint32_t* mask = dropout ? bits.data() : nullptr;
+      if (across == 1) {
+        amx_down_block<4, 1>(x, i, last, k, mask, scale, tiles.data(), 1, r, h, ldh);
+        continue;
+      }
       for (int64_t t = 0; t < across; t += 2) {
         const int64_t column = t * kTile;
-        amx_down_block<2, 2>(x, i, last, k, tiles.data() + t * kTileSize, across, r - column, h + column, ldh);
+        amx_down_block<2, 2>(x, i, last, k, mask, scale, tiles.data() + t * kTileSize, across, r - column, h + column,
+                             ldh);
       }
     }
   });
 }
 
-// 2 x 2 result tiles plus bias, rounded and stored (or added) to `height` rows of out under a mask of 32 columns
+// 2 x 2 result tiles times scale where bits are set (row m's at bits[m * ld]), plus bias, rounded and stored (or added)
+// to `height` rows of out under a mask of 32 columns
 template <bool Accumulate>
-PF_INLINE void add_tiles(const float* result, int64_t height, fvec bias0, fvec bias1, __mmask32 mask, bf16* out,
-                         int64_t stride) {
-  for (int64_t m = 0; m < height; ++m, out += stride) {
+PF_INLINE void add_tiles(const float* result, int64_t height, const uint32_t* bits, int64_t ld, float scale, fvec bias0,
+                         fvec bias1, __mmask32 mask, bf16* out, int64_t stride) {
+  for (int64_t m = 0; m < height; ++m, out += stride, bits += ld) {
     const float* p = result + (m & 16) * 2 * kTile + (m & 15) * kTile;
-    fvec low = load(p) + bias0, high = load(p + kTileResult) + bias1;
+    fvec low = (fvec)_mm512_maskz_mov_ps(__mmask16(*bits), (__m512)load(p)) * scale + bias0;
+    fvec high = (fvec)_mm512_maskz_mov_ps(__mmask16(*bits >> 16), (__m512)load(p + kTileResult)) * scale + bias1;
     if constexpr (Accumulate) {
       const __m512i old = _mm512_maskz_loadu_epi16(mask, out);
       low += (fvec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(old)), 16);
@@ -299,8 +338,8 @@ PF_INLINE void add_tiles(const float* result, int64_t height, fvec bias0, fvec b
   }
 }
 
-void amx_up(bf16* y, int64_t rows, int64_t n, const float* h, int64_t ldh, int64_t r, const float* b, const float* bias,
-            bool accumulate) {
+void amx_up(bf16* y, int64_t rows, int64_t n, const Dropout* dropout, const float* h, int64_t ldh, int64_t r,
+            const float* b, const float* bias, bool accumulate) {
   const int64_t ldb = padded(n), across = blocks(n, 2 * kTile) * 2, deep = blocks(r, kTileDepth);
   const std::vector<bf16> tiles = pack_panel(b, ldb, r, n, across);
   const int64_t wide = blocks(n, kUpColumns), tall = blocks(rows, kUpRows);
@@ -308,6 +347,9 @@ void amx_up(bf16* y, int64_t rows, int64_t n, const float* h, int64_t ldh, int64
     Tiles scope;
     std::vector<bf16> left(kUpRows / kTile * deep * kTileSize);  // h's rows as A tiles, [16 rows][32 columns]
     alignas(64) float result[4][kTileResult];                    // 2 x 2 tiles
+    constexpr int64_t kWords = kUpColumns / 32;
+    uint32_t bits[kUpRows * kWords];
+    const float scale = dropout ? dropout->scale : 1.f;
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / wide * kUpRows, count = std::min(kUpRows, rows - row);
       if (task == first || task % wide == 0) {
@@ -321,6 +363,9 @@ void amx_up(bf16* y, int64_t rows, int64_t n, const float* h, int64_t ldh, int64
         }
       }
       const int64_t begin = task % wide * kUpColumns, end = std::min(n, begin + kUpColumns);
+      if (dropout || task == first)
+        for (int64_t i = 0; i < kUpRows; ++i)
+          kept(dropout, uint64_t((row + i) * n + begin), dropout ? end - begin : kUpColumns, bits + i * kWords);
       for (int64_t i = 0; i < count; i += 2 * kTile) {
         for (int64_t c = begin; c < end; c += 2 * kTile) {
           const int lanes = int(std::min<int64_t>(2 * kTile, end - c));
@@ -339,16 +384,17 @@ void amx_up(bf16* y, int64_t rows, int64_t n, const float* h, int64_t ldh, int64
           unrolled<4>([&](auto t) { Tiles::store<t>(result[t]); });
           const int64_t height = std::min<int64_t>(2 * kTile, count - i);
           bf16* out = y + (row + i) * n + c;
-          accumulate ? add_tiles<true>(result[0], height, bias0, bias1, mask, out, n)
-                     : add_tiles<false>(result[0], height, bias0, bias1, mask, out, n);
+          const uint32_t* keep = bits + i * kWords + (c - begin) / 32;
+          accumulate ? add_tiles<true>(result[0], height, keep, kWords, scale, bias0, bias1, mask, out, n)
+                     : add_tiles<false>(result[0], height, keep, kWords, scale, bias0, bias1, mask, out, n);
         }
       }
     }
   });
 }
 
-void amx_outer(const bf16* x, int64_t rows, int64_t m, const float* h, int64_t ldh, int64_t r, float* g,
-               float* column_sum) {
+void amx_outer(const bf16* x, int64_t rows, int64_t m, const Dropout* dropout, const float* h, int64_t ldh, int64_t r,
+               float* g, float* column_sum) {
   constexpr int64_t kRows = 2 * kTileDepth, kColumns = 4 * kTile;  // of x per step
   const int64_t ldg = padded(m), total = r + (column_sum ? 1 : 0), deep = blocks(rows, kTileDepth);
   const int64_t tall = blocks(total, kTile);
@@ -362,7 +408,9 @@ void amx_outer(const bf16* x, int64_t rows, int64_t m, const float* h, int64_t l
   });
   // about 8 tasks, whatever the number of threads, each a strip of 64 to 512 columns: long enough to be read as a
   // stream
+  constexpr int64_t kStrip = 8 * kColumns;
   const int64_t strip = std::clamp<int64_t>(blocks(m / 8, kColumns), 1, 8) * kColumns, across = strip / kTile;
+  const float scale = dropout ? dropout->scale : 1.f;
   parallel_for(blocks(m, strip), 1, [&](int64_t first, int64_t last) {
     Tiles scope;
     std::vector<float> sums(tall * across * kTileResult);
@@ -376,12 +424,17 @@ void amx_outer(const bf16* x, int64_t rows, int64_t m, const float* h, int64_t l
           const bf16* p = x + (i + pair) * m + begin;
           bf16* out = &right[pair / kTileDepth * across * kTileSize + pair % kTileDepth * kTile];
           const __mmask32 even = i + pair < rows ? ~0u : 0, odd = i + pair + 1 < rows ? ~0u : 0;
+          uint32_t bits[2][kStrip / 32];
+          for (int side = 0; side < 2 && dropout; ++side)
+            kept(dropout, uint64_t((i + pair + side) * m + begin), width, bits[side]);
           for (int64_t c = 0; c < width; c += 2 * kTile, out += 2 * kTileSize) {
             const __mmask32 mask = width - c >= 2 * kTile ? ~0u : (1u << (width - c)) - 1;
+            const __mmask32 low = even & mask & (dropout ? bits[0][c / 32] : ~0u);
+            const __mmask32 high = odd & mask & (dropout ? bits[1][c / 32] : ~0u);
             _mm_prefetch(p + 8 * m + c, _MM_HINT_T0);
             _mm_prefetch(p + 9 * m + c, _MM_HINT_T0);
-            interleave(_mm512_maskz_loadu_epi16(even & mask, p + c), _mm512_maskz_loadu_epi16(odd & mask, p + m + c),
-                       out, out + kTileSize);
+            interleave(_mm512_maskz_loadu_epi16(low, p + c), _mm512_maskz_loadu_epi16(high, p + m + c), out,
+                       out + kTileSize);
           }
         }
         for (int64_t t = 0; t < tall; ++t) {
@@ -404,7 +457,7 @@ void amx_outer(const bf16* x, int64_t rows, int64_t m, const float* h, int64_t l
         float* out = (j < r ? g + j * ldg : column_sum) + begin;
         for (int64_t c = 0; c < width; c += kTile) {
           const float* sum = &sums[(j / kTile * across + c / kTile) * kTileResult + j % kTile * kTile];
-          std::copy_n(sum, std::min<int64_t>(kTile, width - c), out + c);
+          store_any(out + c, scale * load(sum), int(std::min<int64_t>(kTile, width - c)));
         }
       }
     }
@@ -443,10 +496,10 @@ void lora_unpack(const float* panel, int64_t ld, float scale, Matrix target) {
 
 void lora_down(DType t, const void* x, int64_t rows, int64_t k, DropoutArgs args, const float* a, int64_t lda,
                int64_t r, float* h, int64_t ldh) {
-#ifdef __AVX512F__
-  if (use_amx(t, args)) return amx_down((const bf16*)x, rows, k, a, lda, r, h, ldh);
-#endif
   const Dropout mask(args.p, args.seed), *dropout = args.p > 0 ? &mask : nullptr;
+#ifdef __AVX512F__
+  if (use_amx(t)) return amx_down((const bf16*)x, rows, k, dropout, a, lda, r, h, ldh);
+#endif
   PYFAST_DISPATCH(t, T, {
     parallel_for(rows, ACC, [&](int64_t first, int64_t last) {
       const auto product = r <= VL ? down<1, T> : r <= 2 * VL ? down<2, T> : down<4, T>;
@@ -457,19 +510,19 @@ void lora_down(DType t, const void* x, int64_t rows, int64_t k, DropoutArgs args
 
 void lora_up(DType t, void* y, int64_t rows, int64_t n, DropoutArgs args, const float* h, int64_t ldh, int64_t r,
              const float* b, const float* bias, bool accumulate) {
-#ifdef __AVX512F__
-  if (use_amx(t, args)) return amx_up((bf16*)y, rows, n, h, ldh, r, b, bias, accumulate);
-#endif
   const Dropout mask(args.p, args.seed), *dropout = args.p > 0 ? &mask : nullptr;
+#ifdef __AVX512F__
+  if (use_amx(t)) return amx_up((bf16*)y, rows, n, dropout, h, ldh, r, b, bias, accumulate);
+#endif
   PYFAST_DISPATCH(t, T, up((T*)y, rows, n, dropout, h, ldh, r, b, bias, accumulate))
 }
 
 void lora_outer(DType t, const void* x, int64_t rows, int64_t m, DropoutArgs args, const float* h, int64_t ldh,
                 int64_t r, float* g, float* column_sum) {
-#ifdef __AVX512F__
-  if (use_amx(t, args)) return amx_outer((const bf16*)x, rows, m, h, ldh, r, g, column_sum);
-#endif
   const Dropout mask(args.p, args.seed), *dropout = args.p > 0 ? &mask : nullptr;
+#ifdef __AVX512F__
+  if (use_amx(t)) return amx_outer((const bf16*)x, rows, m, dropout, h, ldh, r, g, column_sum);
+#endif
   PYFAST_DISPATCH(t, T, outer((const T*)x, rows, m, dropout, h, ldh, r, g, column_sum))
 }
 
