@@ -275,7 +275,8 @@ def register() -> None:
 
 
 def attention_forward(self, family: Family, stock, hidden_states, **kwargs):
-    """The generic forward of a self-attention module."""
+    """The generic forward of a self-attention module. queries: the tokens whose result is wanted, all without it."""
+    queries = kwargs.pop("queries", None)
     past_key_values = kwargs.get("past_key_values")
     if kwargs.get("encoder_hidden_states") is not None or isinstance(past_key_values, EncoderDecoderCache):
         return stock.forward(self, hidden_states, **kwargs)
@@ -297,6 +298,8 @@ def attention_forward(self, family: Family, stock, hidden_states, **kwargs):
         q, k = ops.rope(q, k, *kwargs["position_embeddings"], interleaved=family.rope == "interleaved")
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
+    if queries is not None:
+        q = q.index_select(2, queries)
     dropout = get(self, family.attention_dropout)
     is_causal = kwargs.get("is_causal")
     out = attend(
@@ -311,7 +314,7 @@ def attention_forward(self, family: Family, stock, hidden_states, **kwargs):
         dropout_p=(getattr(dropout, "p", dropout)) if self.training else 0.0,
         arguments=kwargs,
     )
-    out = out.reshape(*shape, -1)
+    out = out.flatten(2)
     if family.order == "post":  # the layer holds the output projection
         return out, None
     out = linear(get(self, family.out), out)

@@ -22,6 +22,10 @@ class Family:
     mlp: str | None = "{}MLP"
     norm: str = "{}RMSNorm"
     causal_lm: str | None = "{}ForCausalLM"
+    classifier: str = "{}ForSequenceClassification"
+
+    layers: str = "layers"
+    """the list of layers in the base model"""
 
     # norm
     norm_op: str = "rms_norm"
@@ -81,6 +85,7 @@ class Family:
 
 _BERT = {
     "layer": "{}Layer",
+    "layers": "encoder.layer",
     "attention": "{}SelfAttention",
     "mlp": None,
     "norm": "LayerNorm",
@@ -148,6 +153,7 @@ FAMILIES: dict[str, Family] = {
             "gpt2",
             "GPT2",
             layer="{}Block",
+            layers="h",
             norm="LayerNorm",
             causal_lm="{}LMHeadModel",
             norm_op="layer_norm",

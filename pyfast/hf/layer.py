@@ -16,15 +16,27 @@ def refusal(module: nn.Module, family: Family) -> str | None:
     return None
 
 
+def is_served(module: nn.Module, family: Family) -> bool:
+    """Whether the generic forward may pass over the modules that it does not call."""
+    return all(is_plain(get(module, path)) for path in family.bypassed)
+
+
 def layer_forward(self, family: Family, stock, hidden_states, **kwargs):
     """The generic forward of a layer: (B, S, hidden) -> (B, S, hidden)."""
-    crossed = kwargs.get("encoder_hidden_states") is not None
-    if crossed or not all(is_plain(get(self, path)) for path in family.bypassed):
+    tokens = kwargs.pop("tokens", None)
+    if kwargs.get("encoder_hidden_states") is not None or not is_served(self, family):
         return stock.forward(self, hidden_states, **kwargs)
     kwargs.pop("encoder_hidden_states", None)
     kwargs.pop("encoder_attention_mask", None)
     run = _post if family.order == "post" else _pre
-    return run(self, family, hidden_states, kwargs)
+    if tokens is None:
+        return run(self, family, hidden_states, kwargs)
+    if self is tokens.first:
+        hidden_states = tokens.enter(hidden_states, kwargs.get("attention_mask"))
+    if tokens.chosen:
+        kwargs = tokens.arguments(self, kwargs)
+    hidden_states = run(self, family, hidden_states, kwargs)
+    return tokens.leave(hidden_states) if tokens.chosen and self is tokens.last else hidden_states
 
 
 def _branch(layer, family, which, y):
@@ -38,11 +50,19 @@ def _branch(layer, family, which, y):
     return y
 
 
+def _queried(x, kwargs):
+    """The tokens of x that a last layer goes on with after the attention; tokens.py."""
+    queries = kwargs.get("queries")
+    return x if queries is None else x.index_select(1, queries)
+
+
 def _pre(layer, family, x, kwargs):
     normed = get(layer, family.attention_norm)(x)
     y, _ = get(layer, family.self_attention)(hidden_states=normed, **kwargs)
     y = _branch(layer, family, 0, y)
+    x = _queried(x, kwargs)
     if family.order == "parallel":
+        normed = _queried(normed, kwargs)
         return x + y + _branch(layer, family, 1, get(layer, family.feed_forward)(normed))
     normed, x = add_norm(get(layer, family.mlp_norm), y, x)
     return x + _branch(layer, family, 1, get(layer, family.feed_forward)(normed))
@@ -51,7 +71,7 @@ def _pre(layer, family, x, kwargs):
 def _post(layer, family, x, kwargs):
     y, _ = get(layer, family.self_attention)(hidden_states=x, **kwargs)
     y = _branch(layer, family, 0, linear(get(layer, family.out), y))
-    x, _ = add_norm(get(layer, family.attention_norm), y, x)
+    x, _ = add_norm(get(layer, family.attention_norm), y, _queried(x, kwargs))
     y = _branch(layer, family, 1, mlp(layer, family, x))
     x, _ = add_norm(get(layer, family.mlp_norm), y, x)
     return x

@@ -9,6 +9,7 @@ from pyfast import ops
 from pyfast.hf.families import Family
 from pyfast.hf.lora import weights
 from pyfast.hf.swap import get, stock_class
+from pyfast.hf.tokens import tokens
 
 
 def causal_lm_loss(
@@ -62,14 +63,17 @@ def causal_lm_forward(self, family: Family, stock, **kwargs):
     return_dict = self.config.return_dict if return_dict is None else return_dict
     arguments = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index = kwargs.pop("ignore_index", -100)
+    target = _target(arguments["labels"], arguments["shift_labels"], ignore_index, arguments["labels"].device)
+    chosen = tokens(self, family, kwargs, (target != ignore_index).view(arguments["labels"].shape))
+    if chosen is not None:
+        kwargs["tokens"] = chosen
     outputs = getattr(self, self.base_model_prefix)(**kwargs)
     hidden = outputs.last_hidden_state
-    target = _target(arguments["labels"], arguments["shift_labels"], ignore_index, hidden.device)
     head, _ = served
     loss = ops.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         head.weight,
-        target,
+        target.to(hidden.device),
         linear_bias=head.bias,
         lora_A=head.lora_A,
         lora_B=head.lora_B,

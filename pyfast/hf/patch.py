@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pyfast import dispatch
-from pyfast.hf import attention, dropout, layer, lora, loss, mlp, norm
+from pyfast.hf import attention, dropout, layer, lora, loss, mlp, norm, tokens
 from pyfast.hf.families import FAMILIES, Family
 from pyfast.hf.swap import get, stock_class, swap, unswap
 
@@ -90,6 +90,7 @@ def patch(
     for name, module in model.named_modules():
         session.module(name, module)
     session.causal_lm(root, keep_logits)
+    session.classifier(root)
     if family is None:
         session.skip(
             session.names[root],
@@ -286,6 +287,11 @@ class _Session:
         swap(module, lora.lora_forward, None)
         if reason is None:
             self.served(name, "lora_linear")
+
+    def classifier(self, root: PreTrainedModel) -> None:
+        """A sequence classifier's layers need not compute padding."""
+        if self.family is not None and stock_class(root).__name__ == self.family.class_name("classifier"):
+            self._swap(self.names[root], root, tokens.classification_forward, ("attention_varlen",))
 
     def causal_lm(self, root: PreTrainedModel, keep_logits: bool) -> None:
         """The loss of a causal language model."""
