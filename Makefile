@@ -1,11 +1,12 @@
 # make demo   environment, build, and a real fine-tune, stock beside PyFast
 # make test   environment, build, and the tests
+# make gpu    on a GPU machine, no network needed: tests/gpu and the benchmarks (gpu-test, gpu-bench OP=attention: one of them)
 VENV   ?= .venv
 PYTHON ?= python3
 RUN    := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: env build test test-all lint format demo bench clean
+.PHONY: env build test test-all lint format demo bench gpu gpu-test gpu-bench clean
 
 # A torch that the interpreter already sees and that is in range is kept, and its triton; otherwise constraints.txt pins one with a CPU build.
 env: $(VENV)/.ready
@@ -47,6 +48,18 @@ demo: build
 
 bench: build
 	$(RUN) -m benchmarks --save benchmarks/results
+
+# With the environment if there is one, else with the machine's own Python: nothing is installed or built.
+GPU_RUN := $(if $(wildcard $(VENV)/.ready),$(RUN),$(PYTHON))
+
+gpu:
+	$(GPU_RUN) -m benchmarks.gpu
+
+gpu-test:
+	$(GPU_RUN) -m benchmarks.gpu --no-bench
+
+gpu-bench:
+	$(GPU_RUN) -m benchmarks.gpu --no-tests $(OP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyfast/*.so

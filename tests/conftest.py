@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before pyfast is imported: tests/triton_kernels then runs on this machine's CPU
-    )
+if torch.cuda.is_available():
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic algorithms ask for
+else:
+    # before pyfast is imported: tests/triton_kernels then runs on this machine's CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from harness import DTYPES, KERNELS, available
 

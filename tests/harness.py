@@ -41,8 +41,8 @@ def run(op, args, kwargs=None, backend=None, arch=None, cotangents=None):
         outputs = op(*args, **kwargs)
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
         if cotangents is None:
-            generator = torch.Generator().manual_seed(7)
-            cotangents = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+            generator = torch.Generator("cpu").manual_seed(7)
+            cotangents = [torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in outputs]
         wanted = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
         total = [(y, c.to(y.dtype)) for y, c in zip(outputs, cotangents, strict=True) if y.requires_grad]
         gradients = ()

@@ -436,7 +436,7 @@ def test_seed_from_torch():
 
 def test_autocast(kernel):
     args, options = inputs("sinks")
-    with pyfast.use_backend(kernel[0], arch=kernel[1]), torch.autocast("cpu", torch.bfloat16):
+    with pyfast.use_backend(kernel[0], arch=kernel[1]), torch.autocast(args[0].device.type, torch.bfloat16):
         out = attention(*args, **options)
     with pyfast.use_backend(kernel[0], arch=kernel[1]):
         expected = attention(*(x.bfloat16() for x in args), **options)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import run
+from torch.utils._pytree import tree_map_only
 
 import pyfast
 from pyfast import dispatch
@@ -66,21 +67,17 @@ CALLS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def interpreted(kernel):
-    """Skips where the interpreter does not run."""
-
-
-def test_every_launcher_has_calls():
+def test_every_launcher_has_calls(kernel):
     from pyfast.kernels import launch
 
     assert CALLS.keys() == launch.launchers().keys()
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name):
+def test_opcheck(name, kernel):
     """Schema, fake, and no input changed or aliased."""
     for call in CALLS[name]:
+        call = tree_map_only(torch.Tensor, lambda t: t.to(torch.get_default_device()), call)
         torch.library.opcheck(getattr(torch.ops.pyfast_triton, name).default, call)
 
 
@@ -90,13 +87,13 @@ def test_never_chosen_on_a_cpu():
         assert dispatch.choose(op, torch.randn(3)) != "triton"
 
 
-def test_refuses_what_it_does_not_serve():
+def test_refuses_what_it_does_not_serve(kernel):
     with pyfast.use_backend("triton"), pytest.raises(ValueError, match="kernels serve float32, bfloat16 and float16"):
         swiglu(torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
+def test_compile(dynamic, kernel):
     """fullgraph=True traces through the kernels' fakes."""
     compiled = torch.compile(lambda a, b: swiglu(a, b), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (4, 7):

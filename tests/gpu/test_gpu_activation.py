@@ -1,0 +1,1 @@
+from test_op_activation import *  # noqa: F403

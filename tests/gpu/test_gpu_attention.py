@@ -1,0 +1,1 @@
+from test_op_attention import *  # noqa: F403

@@ -1,0 +1,1 @@
+from test_op_lora import *  # noqa: F403

@@ -1,0 +1,1 @@
+from test_op_norm import *  # noqa: F403

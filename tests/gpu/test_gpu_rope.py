@@ -1,0 +1,1 @@
+from test_op_rope import *  # noqa: F403
