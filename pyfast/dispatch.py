@@ -20,6 +20,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = {
     "cpu": ("pyfast_cpu", ("cpu",)),
     "triton": ("pyfast_triton", ("cuda", "cpu") if INTERPRETING else ("cuda",)),
+    "cuda": ("pyfast_cuda", ("cuda",)),  # CPU tensors too once pyfast.emulator is loaded
     "torch": (None, None),
     "reference": (None, None),
 }
@@ -29,11 +30,11 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: op -> device type -> backends, best first. A device type that is not listed gets "torch". A backend that stands in
 #: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves.
-#: On a GPU torch stands first until the Triton kernels were run and measured on one.
+#: On a GPU torch stands first until the others were run and measured on one, and the CUDA kernels last.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
-    "cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "linear_cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "geglu": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
@@ -53,18 +54,32 @@ MATRIX_OPS = ("attention", "attention_varlen", "linear_cross_entropy", "lora_lin
 _overrides: dict[str | None, str] = {}
 
 
+def load_library(name: str, what: str, how: str) -> str | None:
+    """Loads a native library, `what`; returns why it cannot be used (`how`: what to do if it is missing), or None."""
+    path = next(Path(__file__).parent.glob(f"{name}.*so"), None)
+    if path is None:
+        return f"{what} was not built ({how} and reinstall pyfast-kernels)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{what} does not load: {error}"
+    return None
+
+
 def _load_native() -> str | None:
     """Loads the native CPU library; returns why it cannot be used, or None."""
-    library = next(Path(__file__).parent.glob("_cpu.*so"), None)
-    if library is None:
-        return "the native CPU library was not built (install a C++ compiler and reinstall pyfast-kernels)"
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return f"the native CPU library does not load: {error}"
-    if torch.ops.pyfast_cpu.get_isa() == "none":
+    reason = load_library("_cpu", "the native CPU library", "install a C++ compiler")
+    if reason is None and torch.ops.pyfast_cpu.get_isa() == "none":
         return "this CPU has no AVX2"
-    return None
+    return reason
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA C++ kernels; returns why they cannot be used, or None."""
+    reason = load_library("_cuda", "the CUDA library", "install nvcc, or the extra cuda-build,")
+    if reason is None and not torch.version.cuda:
+        return "this PyTorch has no CUDA"
+    return reason
 
 
 def _load_triton(library: torch.library.Library) -> str | None:
@@ -109,6 +124,8 @@ def refusal(backend: str, op: str, tensor: torch.Tensor) -> str | None:
         return f"its kernels serve float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
     nvidia = tensor.device.type == "cuda" and not torch.version.hip
     if nvidia and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        if backend == "cuda":
+            return "its kernels need a GPU of compute capability 8.0 or later"
         if tensor.dtype == torch.bfloat16:
             return "this GPU has no bfloat16 (compute capability 8.0 or later has): use float16"
         if op in MATRIX_OPS:
@@ -155,7 +172,7 @@ def kernels(backend: str):
 def use_backend(backend: str, op: str | None = None, arch: str | None = None):
     """Serves `op` (or every op) with one backend inside the `with` block, in the whole process.
 
-    backend: "cpu", "triton", "torch" (PyTorch's own best) or "reference" (the plain truth, slow).
+    backend: "cpu", "triton", "cuda" (CUDA C++), "torch" (PyTorch's own best) or "reference" (the plain truth, slow).
     arch: for "cpu", the instruction set: "avx2", "avx512" or "amx"; the CPU's best without it.
     A call that the backend cannot serve raises a ValueError that says why.
     """

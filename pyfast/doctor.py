@@ -51,8 +51,14 @@ def machine() -> list[tuple[str, str]]:
     else:
         build = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU is visible to torch"
         rows.append(("GPU", f"none: {build}"))
+    reason = dispatch.unavailable("cuda")
+    try:
+        held = f"built for {torch.ops.pyfast_cuda.architectures()}" + (f"; not used: {reason}" if reason else "")
+    except NotImplementedError:
+        held = f"none: {reason}"
+    rows.append(("CUDA kernels", held))
     nvcc = shutil.which("nvcc")
-    rows.append(("nvcc", nvcc or "not found (only needed to build the CUDA kernels): install the CUDA toolkit"))
+    rows.append(("nvcc", nvcc or "not on PATH (only needed to build the CUDA kernels)"))
     return rows
 
 

@@ -28,6 +28,8 @@ def kernel(schema: str):
 
 _LIBRARIES["pyfast_cpu"].define("get_isa() -> str")
 _LIBRARIES["pyfast_cpu"].define("set_isa(str name) -> ()")
+_LIBRARIES["pyfast_cuda"].define("architectures() -> str")
+_LIBRARIES["pyfast_cuda"].define("emulate(str order, int seed, bool lazy, str arch) -> ()")
 
 
 # ---- activations: "silu", "gelu", "gelu_tanh", "relu"; any strides, results contiguous
@@ -219,6 +221,7 @@ def _(dout, dlse, q, k, v, out, maximum, log_sum, sinks, attention_mask, attn_bi
 
 for _backend, _reason in {
     "cpu": dispatch._load_native(),
+    "cuda": dispatch._load_cuda(),
     "triton": dispatch._load_triton(_LIBRARIES["pyfast_triton"]),
 }.items():
     if _reason is not None:

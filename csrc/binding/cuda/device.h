@@ -1,0 +1,58 @@
+// What the bindings of CUDA kernels share. They are compiled twice: for `_cuda`, which serves CUDA tensors, and with
+// PYFAST_EMULATOR for `_emu`, which runs the same kernels on CPU tensors. No CUDA header: the kernels are plain C, and
+// torch's stream is looked up where torch has CUDA, so that one build loads under every torch.
+#pragma once
+#include "binding/binding.h"
+#include "cuda/error.h"
+
+#if defined(PYFAST_EMULATOR)
+#define PYFAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(pyfast_cuda, CPU, m)
+#else
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#define PYFAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(pyfast_cuda, CUDA, m)
+#endif
+
+namespace pyfast {
+
+// Makes a tensor's device the current one, and knows its current stream.
+class OnDevice {
+ public:
+#if defined(PYFAST_EMULATOR)
+  explicit OnDevice(const Tensor&) {}
+  void* stream() const { return nullptr; }
+#else
+  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
+  void* stream() const {
+    // part of torch's C shim, but in libtorch_cuda: naming it at link time would keep `_cuda` from loading elsewhere
+    using Function = int32_t (*)(int32_t, void**);
+    static const Function current = [] {
+      void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+      return Function(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+    }();
+    void* stream = nullptr;
+    STD_TORCH_CHECK(current && current(index_, &stream) == 0, "this torch has no CUDA stream");
+    return stream;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+inline void check_launch(int code, const char* op) {
+  STD_TORCH_CHECK(code == 0, op, ": the CUDA kernel failed: ", pyfast_cuda_error(code));
+}
+
+// A kernel's optional parameter of this element type and shape, contiguous; null where it is not given
+template <class T>
+const T* optional_values(const std::optional<Tensor>& t, ScalarType type, const char* name,
+                         std::initializer_list<int64_t> shape, const char* names) {
+  if (!t) return nullptr;
+  check_shape(*t, name, shape, names);
+  STD_TORCH_CHECK(t->scalar_type() == type && t->is_contiguous(), name, " has another dtype, or is not contiguous");
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+}  // namespace pyfast

@@ -1,0 +1,38 @@
+"""The CUDA kernels in the emulator: the tests of every op that take a `kernel`, with that kernel."""
+
+import zlib
+
+import pytest
+
+from pyfast import emulator
+
+#: (order of threads, whether asynchronous copies come late)
+SCHEDULES = [(order, lazy) for order in emulator.ORDERS for lazy in (True, False)]
+
+
+@pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s[0]}-{'lazy' if s[1] else 'eager'}")
+def kernel(request):
+    """Instead of the native kernels of tests/conftest.py."""
+    reason = emulator.load()
+    if reason is not None:
+        pytest.skip(reason)
+    order, lazy = request.param
+    with emulator.emulating(order, lazy=lazy):
+        yield "cuda", None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the tests that test_op_*.py borrow, those that take no kernel run in their own module. `make test` runs each
+    test in one schedule, by its name; the others are left to `make test-all`."""
+    borrowed = [item for item in items if item.path.name.startswith("test_op_") and item.path.parent.name == "cuda"]
+    for item in borrowed:
+        if "kernel" in item.fixturenames:
+            schedule = item.callspec.params["kernel"]
+            name = item.name.replace(item.callspec.id, "") + repr(
+                [(k, str(v)) for k, v in sorted(item.callspec.params.items()) if k != "kernel"]
+            )
+            if schedule != SCHEDULES[zlib.crc32(name.encode()) % len(SCHEDULES)]:
+                item.add_marker(pytest.mark.slow)
+    repeated = {item for item in borrowed if "kernel" not in item.fixturenames}
+    items[:] = [item for item in items if item not in repeated]

@@ -1,0 +1,205 @@
+// Small kernels that use one mechanism of CUDA each, correctly (bug 0) or with a planted error, for test_emulator.py.
+#include <cstring>
+#include <string>
+
+#include "cuda/ptx.cuh"
+
+using namespace pyfast;
+using namespace pyfast::cuda;
+
+namespace {
+
+struct Call {
+  const float* in;
+  float* out;
+  int n, bug;
+};
+
+// out = in reversed, through shared memory
+__global__ void reverse(const Call c) {
+  PYFAST_SHARED(shared);
+  float* s = reinterpret_cast<float*>(shared);
+  const int i = threadIdx.x;
+  if (c.bug != 2 || i != 5) s[i] = c.in[i];  // bug 2: an element that nobody writes
+  if (c.bug == 1) {                          // no barrier
+  } else if (c.bug == 3 && i < 32) {
+    named_barrier(1, blockDim.x);  // warp 0 waits at another barrier
+  } else if (c.bug == 4) {
+    named_barrier(1, i < 32 ? 64 : 96);  // not the same number of threads
+  } else if (c.bug == 5) {
+    named_barrier(16, blockDim.x);
+  } else if (c.bug == 6) {
+    named_barrier(1, 40);
+  } else {
+    __syncthreads();
+  }
+  c.out[i] = s[blockDim.x - 1 - i];
+}
+
+// each pair of warps reverses its own 64 elements, at its own barrier; the last warp has left
+__global__ void reverse_pairs(const Call c) {
+  PYFAST_SHARED(shared);
+  float* s = reinterpret_cast<float*>(shared);
+  const int i = threadIdx.x, pair = i / 64;
+  if (i >= c.n) return;
+  s[i] = c.in[i];
+  named_barrier(c.bug == 1 ? 1 + i / 32 : 1 + pair, 64);  // bug 1: each warp alone at its barrier
+  c.out[i] = s[pair * 64 + 63 - i % 64];
+}
+
+// out[i] = the sum of a warp's elements
+__global__ void warp_sum(const Call c) {
+  const int i = threadIdx.x, lane = i % 32;
+  float x = c.in[i];
+  if (c.bug == 1 && lane == 3) return;  // a lane of the mask has left
+  const uint32_t mask = c.bug == 2 ? 0xFFFFFFFEu : ~0u;
+  if (c.bug == 3) {  // half a warp, which reads the other half
+    if (lane < 16) x += __shfl_xor_sync(0xFFFFu, x, 16);
+  }
+  if (c.bug == 4 && lane == 7) __ballot_sync(~0u, 1);  // one lane in another collective
+  for (int by = c.bug == 5 ? 8 : 16; by; by /= 2) x += __shfl_xor_sync(mask, x, by);
+  c.out[i] = x;
+}
+
+// the inclusive sums of a warp's elements, by shuffles up; segments of 8, by width
+__global__ void warp_scan(const Call c) {
+  const int lane = threadIdx.x % 32;
+  float x = c.in[threadIdx.x];
+  for (int by = 1; by < 8; by *= 2) {
+    const float below = __shfl_up_sync(~0u, x, by, 8);
+    if (lane % 8 >= by) x += below;
+  }
+  const uint32_t odd = __ballot_sync(~0u, lane % 2);
+  c.out[threadIdx.x] = odd == 0xAAAAAAAAu ? x + __shfl_down_sync(~0u, 0.f, 1) + 0.f * __shfl_sync(~0u, x, 9) : NAN;
+}
+
+// out[0] = the sum of all, out[1] = how many, as an int, out[2] = the largest as an int
+__global__ void atomic_sum(const Call c) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  atomicAdd(c.out, c.in[i]);
+  atomicAdd(reinterpret_cast<int*>(c.out) + 1, 1);
+  atomicMax(reinterpret_cast<int*>(c.out) + 2, i);
+}
+
+// out = in, copied in tiles of a block's size through a ring of three buffers
+__global__ void pipeline(const Call c) {
+  PYFAST_SHARED(shared);
+  const int tile = blockDim.x * 4, tiles = (c.n + tile - 1) / tile, i = threadIdx.x;
+  const auto load = [&](int t) {
+    if (t < tiles) {
+      const int at = t * tile + 4 * i, left = c.n - at;
+      const int bytes = left >= 4 ? 16 : left > 0 ? 4 * left : 0;
+      unsigned char* to = shared + (t % 3 * tile + 4 * i) * 4;
+      if (c.bug == 4 && i == 9) to += 4;
+      if (c.bug == 5 && i == 9) to += 4 * tile * 12;
+      const float* from = bytes ? c.in + at : c.in;
+      copy_async(to, c.bug == 6 && i == 9 ? from + 1 : from, bytes);
+    }
+    commit_copies();
+  };
+  load(0);
+  load(1);
+  for (int t = 0; t < tiles; ++t) {
+    if (c.bug == 1)
+      wait_copies<2>();
+    else
+      wait_copies<1>();
+    if (c.bug != 2) __syncthreads();
+    load(t + (c.bug == 3 ? 3 : 2));
+    const float* s = reinterpret_cast<const float*>(shared) + t % 3 * tile;
+    for (int k = 0; k < 4; ++k) {  // elements that other threads copied
+      const int at = k * blockDim.x + (i + 37) % blockDim.x;
+      if (t * tile + at < c.n)
+        c.out[t * tile + at] = s[at];
+      else if (s[at] != 0.f)
+        c.out[0] = NAN;
+    }
+  }
+}
+
+// out (16 x 8) = in (16 x 16) times (16 x 8), given as its transpose (8 x 16) after it, both row-major
+template <class T>
+__global__ void matmul(const Call c) {
+  PYFAST_SHARED(shared);
+  T* s = reinterpret_cast<T*>(shared);
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 24 * 16; i += 32) s[i / 16 * 24 + i % 16] = from_float<T>(c.in[i]);  // rows of 48 bytes
+  __syncwarp();
+  uint32_t a[4], b[4];
+  load_matrices<false>(a, s + (lane % 16) * 24 + (c.bug == 1 ? lane / 16 * 4 : lane / 16 * 8));
+  load_matrices<false>(b, s + (16 + lane % 8) * 24 + lane / 8 % 2 * 8);
+  float d[4] = {};
+  const uint32_t b2[2] = {b[0], c.bug == 2 ? b[0] : b[1]};
+  mma<T>(d, a, b2);
+  for (int i = 0; i < 4; ++i) c.out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+
+// out = four 8 x 8 matrices, transposed: row r of matrix m stands at in[8 m + r]
+__global__ void transpose(const Call c) {
+  PYFAST_SHARED(shared);
+  fp16* s = reinterpret_cast<fp16*>(shared);
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) s[i] = from_float<fp16>(c.in[i]);
+  __syncwarp();
+  uint32_t r[4];
+  load_matrices<true>(r, s + lane * 8);
+  for (int m = 0; m < 4; ++m)
+    for (int h = 0; h < 2; ++h)
+      c.out[64 * m + 8 * (lane / 4) + lane % 4 * 2 + h] = to_float(fp16{uint16_t(r[m] >> 16 * h)});
+}
+
+// out = in, 16 bytes at a time
+__global__ void vectors(const Call c) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const Vector v = load_global(c.in + 4 * i + (c.bug == 1 && i == 3));
+  store_global(c.out + 4 * i + (c.bug == 2 && i == 3), v);
+}
+
+// out[block] = the sum of in over the blocks of its cluster
+__global__ void cluster_sum(const Call c) {
+#if defined(PYFAST_CLUSTERS)
+  PYFAST_SHARED(shared);
+  float* s = reinterpret_cast<float*>(shared);
+  const int size = c.n;
+  if (threadIdx.x < 4) s[threadIdx.x] = c.in[blockIdx.x];
+  if (c.bug != 1) cluster_barrier();
+  float sum = 0.f;
+  for (int r = 0; r < size; ++r) {
+    const Vector v = load_cluster(s + (c.bug == 4 ? 1 : 0), c.bug == 3 ? r + 1 : r);
+    float x;
+    memcpy(&x, v.words, 4);
+    sum += x;
+  }
+  if (c.bug != 2) cluster_barrier();  // bug 2: a block may exit while another reads its memory
+  if (threadIdx.x == 0) c.out[blockIdx.x] = sum;
+#endif
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int run(const char* name, const float* in, float* out, int n, int bug,
+                                                          int64_t blocks, int threads, int shared, int cluster) {
+  const Call call{in, out, n, bug};
+  const struct {
+    const char* name;
+    void (*kernel)(Call);
+  } all[] = {{"reverse", reverse},          {"reverse_pairs", reverse_pairs}, {"warp_sum", warp_sum},
+             {"warp_scan", warp_scan},      {"atomic_sum", atomic_sum},       {"pipeline", pipeline},
+             {"matmul_bf16", matmul<bf16>}, {"matmul_fp16", matmul<fp16>},    {"transpose", transpose},
+             {"vectors", vectors},          {"cluster_sum", cluster_sum}};
+  for (const auto& k : all)
+    if (!strcmp(k.name, name)) {
+      const int code = launch<Call>(k.kernel, {blocks, threads, shared, cluster}, call, nullptr);
+#if !defined(PYFAST_EMULATOR)
+      if (!code) return cudaDeviceSynchronize();
+#endif
+      return code;
+    }
+  return -1;
+}
+extern "C" __attribute__((visibility("default"))) const char* error(int code) { return error_string(code); }
+#if defined(PYFAST_EMULATOR)
+extern "C" __attribute__((visibility("default"))) void emulate(int order, unsigned seed, bool lazy, int architecture) {
+  simt::options() = {simt::Order(order), seed, lazy, architecture};
+}
+#endif
