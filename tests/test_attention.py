@@ -36,7 +36,7 @@ CASES = {
     "sinks": ((2, 8, 4, 50, 50, 32), {"sinks": 0.0, "causal": True}),
     "sinks-dominate": ((1, 16, 4, 40, 40, 32), {"sinks": 6.0}),
     "bias": ((2, 3, 3, 40, 50, 32), {"bias": (2, 3, 40, 50)}),
-    "bias-over-batch": ((3, 2, 1, 40, 70, 32), {"bias": (1, 2, 40, 70), "causal": True}),
+    "bias-over-batch": ((3, 4, 2, 60, 70, 32), {"bias": (1, 4, 60, 70), "causal": True}),
     "bias-over-heads": ((2, 4, 2, 40, 70, 32), {"bias": (2, 1, 40, 70)}),
     "bias-of-keys": ((2, 2, 1, 40, 70, 32), {"bias": (2, 1, 1, 70)}),
     "bias-of-queries": ((2, 2, 2, 40, 70, 32), {"bias": (40, 1), "sinks": 0.0}),
@@ -65,7 +65,7 @@ CASES = {
         },
     ),
     "few-queries": (
-        (2, 8, 4, 3, 190, 40),
+        (4, 8, 4, 3, 190, 40),
         {
             "causal": True,
             "window_size": (150, None),
@@ -73,7 +73,7 @@ CASES = {
             "scale": 0.5,
             "sinks": 1.0,
             "mask": "padded",
-            "bias": (2, 1, 3, 190),
+            "bias": (4, 1, 3, 190),
             "dropout_p": 0.2,
             "seed": 3,
             "return_lse": True,
@@ -81,6 +81,8 @@ CASES = {
     ),
     "few-queries-plain": ((2, 4, 2, 4, 600, 64), {}),
     "few-queries-no-key": ((2, 8, 2, 4, 90, 32), {"mask": "none", "return_lse": True}),
+    "short": ((3, 4, 4, 17, 33, 32), {"mask": "random"}),
+    "short-lowest": ((4, 3, 3, 5, 16, 64), {"dropout_p": 0.2, "seed": 5, "return_lse": True}),
     "no-batch": ((0, 2, 1, 5, 6, 8), {}),
     "no-queries": ((2, 2, 1, 0, 6, 8), {"causal": True}),
     "no-keys": ((2, 2, 1, 5, 0, 8), {"return_lse": True}),
@@ -93,6 +95,10 @@ VARLEN_CASES = {
     "window-softcap": ([90, 50], [90, 50], (2, 1, 16), {"window_size": (12, 3), "softcap": 2.0, "scale": 0.8}),
     "sinks": ([0, 30, 50], [0, 0, 50], (2, 2, 32), {"sinks": 1.0}),
     "dropout": ([40, 25], [30, 45], (3, 3, 16), {"dropout_p": 0.25, "seed": 9}),
+    "ragged": ([1, 0, 15, 16, 17, 33, 60, 5], [1, 0, 15, 16, 17, 33, 60, 5], (4, 4, 32), {}),
+    "ragged-dropout": ([31, 1, 48, 9, 64], [31, 1, 48, 9, 64], (3, 1, 40), {"dropout_p": 0.1, "seed": 4}),
+    "ragged-causal": ([7, 65, 2, 0, 128], [16, 65, 33, 3, 128], (4, 2, 64), {"causal": True, "sinks": 0.0}),
+    "short-and-long": ([20, 300, 1, 3], [20, 200, 150, 7], (2, 1, 32), {"dropout_p": 0.2, "seed": 1, "causal": True}),
     "rest-unused": ([12, 20, -6], [12, 20, -4], (2, 1, 16), {"causal": True}),
 }
 

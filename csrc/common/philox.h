@@ -4,6 +4,7 @@
 // word >= floor(p 2^32). pyfast/philox.py is the same in torch.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #if defined(__AVX2__) && !defined(__CUDACC__)
 #include <immintrin.h>
 #endif
@@ -61,6 +62,19 @@ inline PhiloxLanes philox_high(PhiloxLanes a) { return _mm512_srli_epi64(a, 32);
 inline PhiloxLanes philox_xor(PhiloxLanes a, PhiloxLanes b, PhiloxLanes c) {
   return _mm512_ternarylogic_epi64(a, b, c, 0x96);
 }
+inline PhiloxLanes philox_block(PhiloxLanes index) { return _mm512_srli_epi64(index, 2); }
+// lane by lane, the word index % 4 of the four
+inline PhiloxLanes philox_select(PhiloxLanes index, PhiloxLanes w0, PhiloxLanes w1, PhiloxLanes w2, PhiloxLanes w3) {
+  __m512i odd = _mm512_slli_epi64(index, 63), upper = _mm512_slli_epi64(index, 62);
+  __mmask8 o = _mm512_movepi64_mask(odd), u = _mm512_movepi64_mask(upper);
+  return _mm512_mask_blend_epi64(u, _mm512_mask_blend_epi64(o, w0, w1), _mm512_mask_blend_epi64(o, w2, w3));
+}
+// kept where word >= threshold, else 0
+inline void philox_factors(PhiloxLanes words, uint32_t threshold, float kept, float* factors) {
+  __m256i w = _mm512_cvtepi64_epi32(words);
+  __mmask8 keep = _mm256_cmpge_epu32_mask(w, _mm256_set1_epi32(int32_t(threshold)));
+  _mm256_storeu_ps(factors, _mm256_maskz_mov_ps(keep, _mm256_set1_ps(kept)));
+}
 inline void philox_store(PhiloxLanes c0, PhiloxLanes c1, PhiloxLanes c2, PhiloxLanes c3, uint32_t* words) {
   __m512i even = _mm512_mask_blend_epi32(0xAAAA, c0, _mm512_slli_epi64(c1, 32));
   __m512i odd = _mm512_mask_blend_epi32(0xAAAA, c2, _mm512_slli_epi64(c3, 32));
@@ -79,6 +93,21 @@ inline PhiloxLanes philox_high(PhiloxLanes a) { return _mm256_srli_epi64(a, 32);
 inline PhiloxLanes philox_xor(PhiloxLanes a, PhiloxLanes b, PhiloxLanes c) {
   return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
 }
+inline PhiloxLanes philox_block(PhiloxLanes index) { return _mm256_srli_epi64(index, 2); }
+inline PhiloxLanes philox_select(PhiloxLanes index, PhiloxLanes w0, PhiloxLanes w1, PhiloxLanes w2, PhiloxLanes w3) {
+  __m256d odd = _mm256_castsi256_pd(_mm256_slli_epi64(index, 63));
+  __m256d upper = _mm256_castsi256_pd(_mm256_slli_epi64(index, 62));
+  auto pick = [](__m256i a, __m256i b, __m256d second) {
+    return _mm256_castpd_si256(_mm256_blendv_pd(_mm256_castsi256_pd(a), _mm256_castsi256_pd(b), second));
+  };
+  return pick(pick(w0, w1, odd), pick(w2, w3, odd), upper);
+}
+inline void philox_factors(PhiloxLanes words, uint32_t threshold, float kept, float* factors) {
+  __m256i low = _mm256_permutevar8x32_epi32(words, _mm256_set_epi32(0, 0, 0, 0, 6, 4, 2, 0));
+  __m128i w = _mm256_castsi256_si128(low), limit = _mm_set1_epi32(int32_t(threshold));
+  __m128i keep = _mm_cmpeq_epi32(_mm_max_epu32(w, limit), w);
+  _mm_storeu_ps(factors, _mm_and_ps(_mm_castsi128_ps(keep), _mm_set1_ps(kept)));
+}
 inline void philox_store(PhiloxLanes c0, PhiloxLanes c1, PhiloxLanes c2, PhiloxLanes c3, uint32_t* words) {
   __m256i even = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
   __m256i odd = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
@@ -88,13 +117,12 @@ inline void philox_store(PhiloxLanes c0, PhiloxLanes c1, PhiloxLanes c2, PhiloxL
 }
 #endif
 
-// M registers at a time: each of their chains waits for its own multiplications, and together they do not.
+// The words of the blocks c0 (their numbers, one per lane), in the low halves of c0 to c3. M registers at a time: each
+// of their chains waits for its own multiplications, and together they do not.
 template <int M>
-inline void philox4x32_lanes(uint64_t seed, uint64_t block, uint32_t* words) {
+inline void philox_rounds(uint64_t seed, PhiloxLanes* c0, PhiloxLanes* c1, PhiloxLanes* c2, PhiloxLanes* c3) {
   const PhiloxLanes mul0 = philox_fill(0xD2511F53), mul1 = philox_fill(0xCD9E8D57);
-  PhiloxLanes c0[M], c1[M], c2[M], c3[M];
   for (int m = 0; m < M; ++m) {
-    c0[m] = philox_add(philox_fill(block + m * kPhiloxLanes), philox_iota());
     c1[m] = philox_high(c0[m]);
     c2[m] = c3[m] = philox_fill(0);
   }
@@ -110,6 +138,13 @@ inline void philox4x32_lanes(uint64_t seed, uint64_t block, uint32_t* words) {
     }
     key0 += 0x9E3779B9, key1 += 0xBB67AE85;
   }
+}
+
+template <int M>
+inline void philox4x32_lanes(uint64_t seed, uint64_t block, uint32_t* words) {
+  PhiloxLanes c0[M], c1[M], c2[M], c3[M];
+  for (int m = 0; m < M; ++m) c0[m] = philox_add(philox_fill(block + m * kPhiloxLanes), philox_iota());
+  philox_rounds<M>(seed, c0, c1, c2, c3);
   for (int m = 0; m < M; ++m) philox_store(c0[m], c1[m], c2[m], c3[m], words + 4 * kPhiloxLanes * m);
 }
 #endif
@@ -165,6 +200,36 @@ struct Dropout {
       begin += n, factors += n, count -= n;
     }
   }
+
+#if defined(__AVX2__) && !defined(__CUDACC__)
+  // factors[j * ld + i] of the logical index begin + i * step + j, for j < count and i < rows, ld (a multiple of the
+  // lanes) or fewer: each lane follows one row
+  void fill_transposed(uint64_t begin, uint64_t step, int64_t rows, int64_t count, float* factors, int64_t ld) const {
+    constexpr int L = kPhiloxLanes, M = L == 8 ? 4 : 2;
+    const bool aligned = begin % 4 == 0 && step % 4 == 0;  // else rows begin within a block of words
+    for (int64_t i0 = 0; i0 < rows; i0 += L) {
+      alignas(64) uint64_t first[L];
+      for (int l = 0; l < L; ++l) first[l] = begin + (i0 + l) * step;
+      PhiloxLanes index, c[4][M + 1];  // word w of block m: c[w][m]; of the blocks before and of M more
+      std::memcpy(&index, first, sizeof index);
+      PhiloxLanes block = philox_block(index);
+      c[0][0] = block;
+      philox_rounds<1>(seed, c[0], c[1], c[2], c[3]);
+      for (int64_t j = 0; j < count; j += 4 * M) {
+        for (int m = 1; m <= M; ++m) c[0][m] = block = philox_add(block, philox_fill(1));
+        philox_rounds<M>(seed, c[0] + 1, c[1] + 1, c[2] + 1, c[3] + 1);
+#pragma GCC unroll 16
+        for (int x = 0; x < 4 * M; ++x) {
+          if (j + x >= count) break;
+          auto word = [&](int n) { return c[n % 4][n / 4]; };
+          PhiloxLanes w = aligned ? word(x) : philox_select(index, word(x), word(x + 1), word(x + 2), word(x + 3));
+          philox_factors(w, threshold, scale, factors + (j + x) * ld + i0);
+        }
+        for (auto& word : c) word[0] = word[M];
+      }
+    }
+  }
+#endif
 };
 
 }  // namespace

@@ -9,16 +9,10 @@
 // C is the type that is multiplied: bf16 with AMX, else fp32 (16-bit inputs are widened as they are packed).
 #include "cpu/attention.h"
 
-#include <algorithm>
-#include <atomic>
-#include <limits>
-#include <type_traits>
 #include <vector>
 
-#include "common/philox.h"
-#include "cpu/gemm.h"
-#include "cpu/parallel.h"
-#include "cpu/vec.h"
+#include "cpu/attention_problem.h"
+#include "cpu/attention_short.h"
 
 namespace pyfast::PYFAST_ISA {
 namespace {
@@ -26,12 +20,6 @@ namespace {
 constexpr int64_t kForwardKeys = 128, kForwardQueries = 64;  // block sizes: measured, see benchmarks/NOTES.md
 constexpr int64_t kBackwardKeys = 256, kBackwardQueries = 64;
 constexpr int64_t kPad = 32;  // rows and D are padded to what AMX's K dimension needs
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 struct NoTiles {};
 #ifdef __AVX512F__
 template <class C>
@@ -40,182 +28,6 @@ using Tiles = std::conditional_t<std::is_same_v<C, bf16>, AmxTiles, NoTiles>;
 template <class C>
 using Tiles = NoTiles;
 #endif
-
-// work(i) for i in [0, count), taken by whichever thread is free; make() gives each thread its scratch
-template <class Make, class Work>
-void parallel_tasks(int64_t count, const Make& make, const Work& work) {
-  std::atomic<int64_t> next{0};
-  parallel_for(count, 1, [&](int64_t, int64_t) {
-    auto scratch = make();
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, *scratch);
-  });
-}
-
-// max(x, least), a NaN x for NaN: one instruction, unlike vec.h's
-PF_INLINE fvec at_least(float least, fvec x) {
-#ifdef __AVX512F__
-  return (fvec)_mm512_max_ps((__m512)splat(least), (__m512)x);
-#else
-  return (fvec)_mm256_max_ps((__m256)splat(least), (__m256)x);
-#endif
-}
-
-// e^x for x <= 0 or a little above; 0 far below, NaN for NaN. Own minimax polynomials of the reduced argument: relative
-// error 3e-9 after Cody-Waite reduction by ln 2 in two parts, or 3e-6 where the result is rounded to bf16 anyway.
-template <class C>
-PF_INLINE fvec exp_of(fvec x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer
-  x = at_least(-104.f, x);
-  fvec n = (x * kLog2e + kRound) - kRound, r, p;
-  if (std::is_same_v<C, bf16>) {
-    r = x * kLog2e - n;
-    p = splat(9.582853220e-3f);
-    p = p * r + 5.590642621e-2f;
-    p = p * r + 2.402409862e-1f;
-    p = p * r + 6.931241932e-1f;
-    p = p * r + 1.f;
-  } else {
-    r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    p = splat(1.381454008e-3f);
-    p = p * r + 8.368745213e-3f;
-    p = p * r + 4.166839079e-2f;
-    p = p * r + 1.666652040e-1f;
-    p = p * r + 4.999999343e-1f;
-    p = p * (r * r) + r + 1.f;
-  }
-#ifdef __AVX512F__
-  return (fvec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  fvec scaled = (fvec)((ivec)p + (__builtin_convertvector(n, ivec) << 23));
-  return n < -126.f ? fvec{} : scaled;
-#endif
-}
-
-template <class T, class U>
-inline float dot(const T* x, const U* y, int64_t n) {
-  fvec sum{};
-  for_lanes(n, [&](int64_t i, int lanes) { sum += load_any(x + i, lanes) * load_any(y + i, lanes); });
-  return hsum(sum);
-}
-
-// Copies rows to a padded row-major block (padded_rows, padded_columns), converting them; what is beyond them is 0.
-template <class T, class C>
-inline void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, C* y, int64_t padded_rows,
-                      int64_t padded_columns) {
-  for (int64_t r = 0; r < padded_rows; ++r, y += padded_columns) {
-    int64_t filled = r < rows ? columns : 0;
-    if constexpr (std::is_same_v<T, C>) {
-      if (filled) std::memcpy(y, x + r * stride, filled * sizeof(C));
-    } else {
-      for_lanes(filled, [&](int64_t i, int lanes) { store_any(y + i, load_any(x + r * stride + i, lanes), lanes); });
-    }
-    std::memset(y + filled, 0, (padded_columns - filled) * sizeof(C));
-  }
-}
-
-// ---- the geometry of a problem
-
-// One sequence (packed) or batch element: where it lies and how long it is.
-struct Sequence {
-  int64_t q_offset, k_offset, out_offset, dout_offset, v_offset, dq_offset, dkv_offset;
-  int64_t row;  // of maximum and log_sum, for head 0 and query 0
-  int64_t sq, sk;
-  int64_t shift;  // query i stands at position i + shift
-};
-
-struct Problem : Attention {
-  explicit Problem(const Attention& a) : Attention(a) {}
-
-  Sequence sequence(int64_t n) const {
-    Sequence s;
-    int64_t q0 = bounds_q ? bounds_q[n] : 0, k0 = bounds_k ? bounds_k[n] : 0, b = bounds_q ? 0 : n;
-    auto offset = [&](const Strides& t, int64_t row) { return b * t.batch + row * t.row; };
-    s.q_offset = offset(q_strides, q0), s.out_offset = offset(out_strides, q0),
-    s.dout_offset = offset(dout_strides, q0);
-    s.k_offset = offset(k_strides, k0), s.v_offset = offset(v_strides, k0), s.dq_offset = offset(dq_strides, q0);
-    s.dkv_offset = offset(dkv_strides, k0);
-    s.row = b * heads * sq + q0;
-    s.sq = bounds_q ? bounds_q[n + 1] - q0 : sq;
-    s.sk = bounds_k ? bounds_k[n + 1] - k0 : sk;
-    s.shift = s.sk - s.sq;
-    return s;
-  }
-  int64_t group() const { return heads / kv_heads; }
-  const bool* keys(int64_t n) const { return mask ? mask + n * sk : nullptr; }
-  // softcap, bias or dropout: scores need more than a scale
-  bool general() const { return softcap > 0 || bias || dropout_p > 0; }
-
-  // [first, last) of the keys that any of the queries [i0, i1) may see, and of the queries that may see [j0, j1)
-  std::pair<int64_t, int64_t> keys_of(const Sequence& s, int64_t i0, int64_t i1) const {
-    int64_t first = left < 0 ? 0 : std::max<int64_t>(0, i0 + s.shift - left);
-    int64_t last = right < 0 ? s.sk : std::min(s.sk, i1 + s.shift + right);
-    return {first, std::max(first, last)};
-  }
-  std::pair<int64_t, int64_t> queries_of(const Sequence& s, int64_t j0, int64_t j1) const {
-    int64_t first = right < 0 ? 0 : std::max<int64_t>(0, j0 - right - s.shift);
-    int64_t last = left < 0 ? s.sq : std::min(s.sq, j1 + left - s.shift);
-    return {first, std::max(first, last)};
-  }
-};
-
-// A block of scores: keys j0 .. j0 + keys (padded) by queries i0 .. i0 + queries (padded) of head h of sequence n.
-struct Block {
-  int64_t n, h, i0, j0, keys, queries;
-};
-
-// Turns raw products into scores, excluded keys -inf, and notes what backward multiplies: the derivative
-// of the softcap and the dropout factors. Only for blocks that are masked, or where the problem is general.
-void finish_scores(const Problem& a, const Sequence& s, const Block& b, float* scores, float* cap_slope,
-                   float* dropout_factor) {
-  const int64_t ld = b.queries, rows = std::min(b.keys, s.sk - b.j0), columns = std::min(b.queries, s.sq - b.i0);
-  if (a.softcap > 0) {
-    for (int64_t x = 0; x < rows * ld; x += VL) {
-      fvec t = tanh(load(scores + x) * (a.scale / a.softcap));
-      store(scores + x, t * a.softcap);
-      if (cap_slope) store(cap_slope + x, 1.f - t * t);
-    }
-    if (cap_slope) std::fill(cap_slope + rows * ld, cap_slope + b.keys * ld, 0.f);  // padded keys: dS = 0 * this
-  } else {
-    for (int64_t x = 0; x < rows * ld; x += VL) store(scores + x, load(scores + x) * a.scale);
-  }
-  if (a.bias) {
-    PYFAST_DISPATCH(a.bias_dtype, T, {
-      const int64_t* t = a.bias_strides;
-      for (int64_t i = 0; i < columns; ++i) {
-        const T* bias = (const T*)a.bias + b.n * t[0] + b.h * t[1] + (b.i0 + i) * t[2] + b.j0 * t[3];
-        for (int64_t j = 0; j < rows; ++j) scores[j * ld + i] += to_float(bias[j * t[3]]);
-      }
-    })
-  }
-  if (a.dropout_p > 0) {
-    Dropout dropout(a.dropout_p, a.seed);
-    float row[kForwardKeys];
-    for (int64_t i = 0; i < columns; ++i) {
-      dropout.fill(uint64_t(s.row + b.h * a.sq + b.i0 + i) * a.dropout_keys + b.j0, rows, row);
-      for (int64_t j = 0; j < rows; ++j) dropout_factor[j * ld + i] = row[j];
-    }
-    for (int64_t j = 0; j < b.keys; ++j)
-      std::fill(dropout_factor + j * ld + (j < rows ? columns : 0), dropout_factor + (j + 1) * ld, 0.f);
-  }
-  const bool* keys = a.keys(b.n);
-  for (int64_t j = 0; j < b.keys; ++j) {
-    auto [first, last] = a.queries_of(s, b.j0 + j, b.j0 + j + 1);
-    first = std::clamp<int64_t>(first - b.i0, 0, ld), last = std::clamp<int64_t>(last - b.i0, 0, ld);
-    if (j >= rows || (keys && !keys[b.j0 + j])) last = first;
-    std::fill(scores + j * ld, scores + j * ld + first, -kInf);
-    std::fill(scores + j * ld + std::max(first, last), scores + (j + 1) * ld, -kInf);
-  }
-}
-
-// True where every query of the block sees every key. (Queries beyond the sequence are dropped in another way.)
-bool all_visible(const Problem& a, const Sequence& s, const Block& b) {
-  if (b.j0 + b.keys > s.sk) return false;
-  if (a.right >= 0 && b.j0 + b.keys - 1 > b.i0 + s.shift + a.right) return false;
-  if (a.left >= 0 && b.j0 < std::min(b.i0 + b.queries, s.sq) - 1 + s.shift - a.left) return false;
-  const bool* keys = a.keys(b.n);
-  return !keys || !std::memchr(keys + b.j0, 0, b.keys);
-}
 
 // Two rows of a block, 16 (or 8) columns, as operands: row-major for the left side, pairs for the right. In fp32 both
 // are one array.
@@ -435,9 +247,15 @@ void forward(const Problem& a) {
     int64_t n, h, i0;
   };
   std::vector<Task> tasks, packs, rows;
+  std::vector<int64_t> short_ones;
   int64_t longest = 0;
   for (int64_t n = 0; n < a.batch; ++n) {
     Sequence s = a.sequence(n);
+    if (is_short(s)) {
+      packed_row[n + 1] = packed_row[n];
+      short_ones.push_back(n);
+      continue;
+    }
     if (s.sq <= kFewQueries) {
       packed_row[n + 1] = packed_row[n];
       longest = std::max(longest, s.sk);
@@ -474,6 +292,7 @@ void forward(const Problem& a) {
   parallel_tasks(
       tasks.size(), [&] { return std::make_unique<typename Forward<T, C>::Memory>(D); },
       [&](int64_t t, auto& m) { kernel.task(tasks[t].n, tasks[t].h, tasks[t].i0, m); });
+  short_sequences<T>(a, short_ones, &Short<T>::forward);
   ForwardRow<T> few{a};
   parallel_tasks(
       rows.size(), [&] { return std::make_unique<typename ForwardRow<T>::Memory>(longest, a.dim); },
@@ -725,12 +544,20 @@ void backward(const Problem& a, int64_t threads) {
     int64_t n, h, part, first, last;
   };
   std::vector<Task> tasks;
-  std::vector<int64_t> parts(a.batch);
+  std::vector<int64_t> parts(a.batch), short_ones;
   int64_t total = 0, most_parts = 1, longest_q = kBackwardQueries, longest_part = kPad;
-  for (int64_t n = 0; n < a.batch; ++n) total += a.sequence(n).sk * a.kv_heads;
+  for (int64_t n = 0; n < a.batch; ++n) {
+    const Sequence s = a.sequence(n);
+    if (is_short(s))
+      short_ones.push_back(n);
+    else
+      total += s.sk * a.kv_heads;
+  }
+  short_sequences<T>(a, short_ones, &Short<T>::backward);
   const int64_t length = std::max<int64_t>(256, ceil_div(total, 4 * threads));
   for (int64_t n = 0; n < a.batch; ++n) {
     const Sequence s = a.sequence(n);
+    if (is_short(s)) continue;
     parts[n] = std::max<int64_t>(1, ceil_div(s.sk, length));
     const int64_t step = std::max(kPad, round_up(ceil_div(s.sk, parts[n]), kPad));
     parts[n] = std::max<int64_t>(1, ceil_div(s.sk, step));
@@ -753,6 +580,7 @@ void backward(const Problem& a, int64_t threads) {
       for (int64_t nh = begin; nh < end; ++nh) {
         const int64_t n = nh / a.heads, h = nh % a.heads;
         const Sequence s = a.sequence(n);
+        if (is_short(s)) continue;
         for (int64_t i = 0; i < s.sq; ++i) {
           const float* part = dq_parts + (s.row + h * a.sq + i) * D;
           T* dq = (T*)a.dq + s.dq_offset + h * a.dq_strides.head + i * a.dq_strides.row;

@@ -2,7 +2,9 @@
 //
 //   block_gemm(M, N, K, A, lda, B, ldb, C, ldc, accumulate)
 //
-// float: A (M, K) and B (K, N) row-major, N a multiple of 16; an FMA micro-kernel of 6 x 64 (AVX-512) or 6 x 16 (AVX2).
+// float: A (M, K) and B (K, N) row-major, N a multiple of 16; FMA micro-kernels of 6 x 64 (AVX-512) or 6 x 16 (AVX2)
+// and
+//        of fewer columns and more rows. `multiply` also takes A transposed, and N and results of any kind.
 // bf16:  A (M, K) row-major, B (K, N) with its rows interleaved by pairs, B[k / 2][n][k % 2] (ldb counts columns), as
 //        AMX wants it ("VNNI"); M and N multiples of 16, K of 32, so pad with zeros. Only where current_isa() is amx,
 //        with an AmxTiles alive in the calling thread.
@@ -11,6 +13,7 @@
 // back to a slow GEMM, and it compiles one kernel per shape and stride. In cache this one is as fast
 // (benchmarks/NOTES.md). Also here: the layouts that such products want.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -22,9 +25,19 @@ namespace {
 
 // ---- fp32
 
-template <int MR, int NV>
-PF_INLINE void fma_tile(int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
-                        bool accumulate) {
+// Where a product goes: `columns` columns of a row-major C of any element type, added to what is there, or each row
+// times its factor.
+template <class T>
+struct Destination {
+  T* data;
+  int64_t ld, columns;
+  bool accumulate = false;
+  const float* row_factor = nullptr;
+};
+
+template <int MR, int NV, bool kTransposed, class T>
+inline void fma_tile(int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, const Destination<T>& C,
+                     int64_t row, int64_t column) {
   fvec c[MR][NV];
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NV; ++n) c[m][n] = fvec{};
@@ -32,38 +45,64 @@ PF_INLINE void fma_tile(int64_t K, const float* A, int64_t lda, const float* B, 
     fvec b[NV];
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * VL);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      fvec a = splat(A[m * lda + k]);
+      fvec a = splat(kTransposed ? A[k * lda + m] : A[m * lda + k]);
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) c[m][n] += a * b[n];
     }
   }
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NV; ++n) {
-      // added last: the rounding errors of this block stay relative to its own sum
-      if (accumulate) c[m][n] += load(C + m * ldc + n * VL);
-      store(C + m * ldc + n * VL, c[m][n]);
+  auto write = [&](auto lanes_of) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const float factor = C.row_factor ? C.row_factor[row + m] : 1.f;
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) {
+        T* y = C.data + (row + m) * C.ld + column + n * VL;
+        const int lanes = lanes_of(n);
+        // added last: the rounding errors of this block stay relative to its own sum
+        if (C.accumulate) c[m][n] += load_any(y, lanes);
+        store_any(y, c[m][n] * factor, lanes);
+      }
     }
+  };
+  if (column + NV * VL <= C.columns)
+    write([](int) { return VL; });
+  else
+    write([&](int n) { return int(std::min<int64_t>(VL, C.columns - column - n * VL)); });
 }
 
-template <int NV>
-inline void fma_columns(int64_t M, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
-                        int64_t ldc, bool accumulate) {
+template <int MR, int NV, bool kTransposed, class T>
+inline void fma_columns(int64_t M, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb,
+                        const Destination<T>& C, int64_t column) {
+  const int64_t step = kTransposed ? 1 : lda;
   int64_t m = 0;
-  for (; m + 6 <= M; m += 6) fma_tile<6, NV>(K, A + m * lda, lda, B, ldb, C + m * ldc, ldc, accumulate);
-  if (m + 4 <= M) fma_tile<4, NV>(K, A + m * lda, lda, B, ldb, C + m * ldc, ldc, accumulate), m += 4;
-  if (m + 2 <= M) fma_tile<2, NV>(K, A + m * lda, lda, B, ldb, C + m * ldc, ldc, accumulate), m += 2;
-  if (m < M) fma_tile<1, NV>(K, A + m * lda, lda, B, ldb, C + m * ldc, ldc, accumulate);
+  for (; m + MR <= M; m += MR) fma_tile<MR, NV, kTransposed>(K, A + m * step, lda, B, ldb, C, m, column);
+  for (; m + 4 <= M; m += 4) fma_tile<4, NV, kTransposed>(K, A + m * step, lda, B, ldb, C, m, column);
+  for (; m + 2 <= M; m += 2) fma_tile<2, NV, kTransposed>(K, A + m * step, lda, B, ldb, C, m, column);
+  if (m < M) fma_tile<1, NV, kTransposed>(K, A + m * step, lda, B, ldb, C, m, column);
+}
+
+// C = A B, or with kTransposed Aᵀ B, A then being (K, M). N is C's columns rounded up to whole vectors: B has so many.
+template <bool kTransposed, class T>
+inline void multiply(int64_t M, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb,
+                     const Destination<T>& C) {
+  constexpr int kWide = VL == 16 ? 4 : 2;
+  int64_t n = 0;
+  for (; C.columns - n > (kWide - 1) * VL; n += kWide * VL)
+    fma_columns<6, kWide, kTransposed>(M, K, A, lda, B + n, ldb, C, n);
+  const int64_t rest = C.columns - n;
+  if (kWide == 4 && rest > 2 * VL)
+    fma_columns<8, 3, kTransposed>(M, K, A, lda, B + n, ldb, C, n);
+  else if (kWide == 4 && rest > VL)
+    fma_columns<12, 2, kTransposed>(M, K, A, lda, B + n, ldb, C, n);
+  else if (rest > 0)
+    fma_columns<12, 1, kTransposed>(M, K, A, lda, B + n, ldb, C, n);
 }
 
 inline void block_gemm(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb,
                        float* C, int64_t ldc, bool accumulate) {
-  constexpr int kWide = VL == 16 ? 4 : 2;
-  int64_t n = 0;
-  for (; n + kWide * VL <= N; n += kWide * VL) fma_columns<kWide>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
-  if (kWide == 4 && n + 2 * VL <= N) fma_columns<2>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate), n += 2 * VL;
-  if (n < N) fma_columns<1>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
+  multiply<false>(M, K, A, lda, B, ldb, Destination<float>{C, ldc, N, accumulate});
 }
 
 // ---- bf16 on AMX
@@ -170,7 +209,7 @@ PF_INLINE void transpose_step(uvec* r) {
   }
 }
 
-// y[c][r] = x[r][c] of 32-bit elements; rows and columns multiples of 16
+// y[c][r] = x[r][c] of 32-bit elements; columns a multiple of 16 (AVX2: of 8), rows rounded up to one, with zeros
 inline void transpose32(const void* x, int64_t ldx, void* y, int64_t ldy, int64_t rows, int64_t columns) {
   auto in = static_cast<const uint32_t*>(x);
   auto out = static_cast<uint32_t*>(y);
@@ -178,7 +217,10 @@ inline void transpose32(const void* x, int64_t ldx, void* y, int64_t ldy, int64_
     for (int64_t j = 0; j < columns; j += VL) {
       uvec r[VL];
 #pragma GCC unroll 16
-      for (int n = 0; n < VL; ++n) std::memcpy(&r[n], in + (i + n) * ldx + j, sizeof r[n]);
+      for (int n = 0; n < VL; ++n) {
+        r[n] = uvec{};
+        if (i + n < rows) std::memcpy(&r[n], in + (i + n) * ldx + j, sizeof r[n]);
+      }
       transpose_step<1>(r);
       transpose_step<2>(r);
       transpose_step<4>(r);

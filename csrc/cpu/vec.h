@@ -100,6 +100,22 @@ PF_INLINE void store(fp16* p, fvec v) {
 }
 
 // The first n < VL lanes; the others read as `fill` and are never touched in memory.
+#ifdef __AVX512F__
+PF_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
+PF_INLINE fvec load_n(const float* p, int n, float fill = 0.f) {
+  return (fvec)_mm512_mask_loadu_ps((__m512)splat(fill), first_lanes(n), p);
+}
+PF_INLINE void store_n(float* p, fvec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
+#else
+PF_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
+PF_INLINE fvec load_n(const float* p, int n, float fill = 0.f) {
+  __m256i lanes = first_lanes(n);
+  return (fvec)_mm256_blendv_ps((__m256)splat(fill), _mm256_maskload_ps(p, lanes), (__m256)lanes);
+}
+PF_INLINE void store_n(float* p, fvec v, int n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
+#endif
 template <class T>
 PF_INLINE fvec load_n(const T* p, int n, float fill = 0.f) {
   T buffer[VL];
@@ -192,6 +208,23 @@ PF_INLINE fvec exp(fvec x) {
   fvec a = (fvec)((half + 127) << 23), b = (fvec)((k - half + 127) << 23);
   return p * a * b;
 #endif
+}
+// log to about 1 ulp for normal x > 0: Cephes' polynomial around 1. NaN passes through.
+PF_INLINE fvec log(fvec x) {
+  // x = m 2^e with m from sqrt(1/2) to sqrt(2)
+  ivec bits = (ivec)x, e = (bits - 0x3f3504f3) >> 23;
+  fvec n = __builtin_convertvector(e, fvec), z = (fvec)(bits - (e << 23)) - 1.f;
+  fvec p = splat(7.0376836292e-2f);
+  p = p * z - 1.1514610310e-1f;
+  p = p * z + 1.1676998740e-1f;
+  p = p * z - 1.2420140846e-1f;
+  p = p * z + 1.4249322787e-1f;
+  p = p * z - 1.6668057665e-1f;
+  p = p * z + 2.0000714765e-1f;
+  p = p * z - 2.4999993993e-1f;
+  p = p * z + 3.3333331174e-1f;
+  fvec y = p * z * (z * z) - n * 2.12194440e-4f - 0.5f * (z * z);
+  return x == x ? z + y + n * 0.693359375f : x;
 }
 // 1 / d to about 1 ulp for d in [1, 1e4]: AVX-512's division takes three times as long as an estimate and a Newton
 // step.
