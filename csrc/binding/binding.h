@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "binding/blocks.h"
 #include "common/huge_pages.h"
 #include "common/types.h"
 #include "cpu/rows.h"
@@ -84,14 +85,24 @@ inline RowsOf rows_of(const Tensor& t) {
   if (regular) return {t, rows, cols, stride};
   return {torch::stable::contiguous(t), rows, cols, cols};
 }
-// For every result that may be large and is not written yet
-inline Tensor with_huge_pages(Tensor t) {
-  ask_huge_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
-  return t;
+// `small`, not written yet, where it is small; otherwise a tensor like it in a block of memory that is kept between
+// calls.
+inline Tensor in_kept_memory(Tensor small) {
+  size_t bytes = size_t(small.numel()) * small.element_size();
+  if (bytes < kLargeBytes) {
+    ask_huge_pages(small.mutable_data_ptr(), bytes);
+    return small;
+  }
+  void* block = take_block(bytes);
+  STD_TORCH_CHECK(block, "there is no memory for a result of ", bytes, " bytes");
+  return torch::stable::from_blob(block, small.sizes(), small.strides(), small.device(), small.scalar_type(),
+                                  [bytes](void* p) { give_back_block(p, bytes); });
 }
-inline Tensor new_contiguous(const Tensor& like) {
-  return with_huge_pages(torch::stable::new_empty(like, like.sizes()));
+// For every result that may be large
+inline Tensor new_result(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return in_kept_memory(torch::stable::new_empty(like, sizes));
 }
+inline Tensor new_contiguous(const Tensor& like) { return new_result(like, like.sizes()); }
 inline MutableRows contiguous_rows(Tensor& t, const RowsOf& like) { return {t.mutable_data_ptr(), like.cols}; }
 
 // A parameter as contiguous fp32 values plus `offset`: norm weights and biases, which may be fp32 beside bf16 inputs.

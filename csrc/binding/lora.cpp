@@ -129,7 +129,7 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
   }
   Tensors results;
   for (const Projection& p : projections.each) {
-    Tensor y = with_huge_pages(torch::stable::new_empty(x, {rows, p.n}));
+    Tensor y = new_result(x, {rows, p.n});
     const bool update = p.r || p.bias;
     if (update) {
       Panel b(x, p.r + 1, p.n);  // s B^T, and the bias as its last row
@@ -192,7 +192,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
 
   Tensors results;
   if (wanted[0]) {
-    Tensor dx = with_huge_pages(torch::stable::new_empty(like, {rows, k}));
+    Tensor dx = new_result(like, {rows, k});
     bool written = false;
     if (rank) {
       Panel a(like, rank, k);
@@ -236,7 +236,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
   for (size_t i = 0; i < projections.each.size(); ++i) {
     const Projection& p = projections.each[i];
     if (want(i, 0)) {
-      Tensor dweight = with_huge_pages(torch::stable::new_empty(like, {p.n, k}));
+      Tensor dweight = new_result(like, {p.n, k});
       matmul_out(dweight, transposed(dy[i]), *x);
       results.push_back(dweight);
     }

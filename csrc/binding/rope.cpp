@@ -17,7 +17,7 @@ Tensor rope_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inte
                   "cos must be fp32 or in x's dtype");
   Tensor in = x.stride(3) == 1 ? x : torch::stable::contiguous(x), c = torch::stable::contiguous(cos),
          s = torch::stable::contiguous(sin);
-  Tensor y = with_huge_pages(torch::stable::empty_like(x));  // keeps the order of x's dimensions in memory
+  Tensor y = in_kept_memory(torch::stable::empty_like(x));  // keeps the order of x's dimensions in memory
   if (y.stride(3) != 1) y = new_contiguous(x);
   RopeShape shape{batch,
                   heads,
