@@ -21,11 +21,12 @@ parser.add_argument("--train", required=True)
 parser.add_argument("--dev", required=True)
 parser.add_argument("--max_train_samples", type=int, default=2000)
 parser.add_argument("--dropout", type=float, default=0.1)
+parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--output_dir", default="trainer_bert_output")
 parser.add_argument("--stock", action="store_true", help="leave the added line out")
 args = parser.parse_args()
 
-set_seed(0)  # the head's first weights
+set_seed(args.seed)  # the head's first weights
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 dataset = load_dataset("csv", data_files={"train": args.train, "dev": args.dev}, delimiter="\t", quoting=3)
 dataset["train"] = dataset["train"].select(range(min(args.max_train_samples, len(dataset["train"]))))
@@ -49,7 +50,7 @@ training_args = TrainingArguments(
     logging_steps=10,
     report_to="none",
     disable_tqdm=True,
-    seed=0,
+    seed=args.seed,
 )
 model = AutoModelForSequenceClassification.from_pretrained(
     args.model,

@@ -12,14 +12,14 @@ namespace pyfast {
 inline Tensor transposed(const Tensor& m) {
   int64_t sizes[] = {m.size(1), m.size(0)}, strides[] = {m.stride(1), m.stride(0)};
   AtenTensorHandle view;  // the 0 below is added to m's own storage offset
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(m.get(), 2, sizes, strides, 0, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(m.get(), 2, sizes, strides, 0, &view));
   return Tensor(view);
 }
 
 // out = a b, or out += a b
 inline void matmul_out(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
-  STABLE_TORCH_ERROR_CODE_CHECK(accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
-                                           : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
+                                    : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 }  // namespace pyfast

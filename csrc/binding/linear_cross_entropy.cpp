@@ -22,11 +22,11 @@ constexpr int64_t kSweptRows = 512;
 constexpr int64_t kSliceBytes = 8 << 20;  // of a product that is added to an fp32 sum
 
 void mm(Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 // out = c + alpha a b; c may be out, or a vector that is added to every row
 void mm_add(Tensor& out, const Tensor& c, const Tensor& a, const Tensor& b, double alpha = 1.0) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, alpha));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, alpha));
 }
 
 // Rows [begin, begin + rows) and their transpose, as plain views: no autograd, no dispatch.
