@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/logits.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -19,7 +20,7 @@
 namespace pyfast::PYFAST_ISA {
 namespace {
 
-constexpr int64_t kTile = 1024;    // logits per step of the online softmax: a few KB, in L1 from its maximum to its sum
+constexpr int64_t kSpan = 1024;    // logits per step of the online softmax: a few KB, in L1 from its maximum to its sum
 constexpr int64_t kGrain = 16384;  // elements per task
 
 // A sum that carries its rounding errors along (Dekker's Fast2Sum): rows of nearly equal terms round all the same way.
@@ -37,6 +38,50 @@ struct Sum {
   }
 };
 
+// exp(x) for x <= 0. Beside 16-bit logits, on AVX-512, 2^n (1 + f q(f)) with own minimax fit of q, relative error 9e-8
+// and none at 0, so that a row with one great logit keeps its small loss; half the work of the exact one.
+template <class T>
+PF_INLINE fvec decay(fvec x) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 2) {
+    x = PYFAST_ISA::max(splat(-104.f), x);
+    fvec n = round_even(x * 1.44269504f), f = x * 1.44269504f - n;
+    fvec p = splat(1.326472877e-3f);
+    p = p * f + 9.671513183e-3f;
+    p = p * f + 5.550733744e-2f;
+    p = p * f + 2.402224208e-1f;
+    p = p * f + 6.931469776e-1f;
+    return (fvec)_mm512_scalef_ps((__m512)(p * f + 1.f), (__m512)n);
+  }
+#endif
+  return PYFAST_ISA::exp(x);
+}
+
+// The largest of n >= 1 numbers by their bits, whose order as integers is theirs once negative ones are turned around;
+// twice as many to a vector as fp32. A NaN stands beyond the infinities: the result may be one.
+inline float largest_of(const bf16* x, int64_t n) {
+  const auto turned = [](int16_t bits) { return int16_t(bits ^ (bits >> 15 & 0x7fff)); };
+  int16_t top = INT16_MIN;
+  for (int64_t i = 0; i < n; ++i) {
+    int16_t bits = turned(int16_t(x[i].bits));
+    top = bits > top ? bits : top;
+  }
+  return to_float(bf16{uint16_t(turned(top))});
+}
+
+// Stores four vectors. `packed`: T is bf16 and the CPU converts two vectors at once (every one with AMX does); it turns
+// subnormal values into zeros.
+template <bool packed, class T>
+PF_INLINE void store4(T* p, const fvec* v) {
+#ifdef __AVX512F__
+  if constexpr (packed) {
+    for (int k = 0; k < 4; k += 2) _mm512_storeu_si512(p + k * VL, pack_bf16(v[k], v[k + 1]));
+    return;
+  }
+#endif
+  for (int k = 0; k < 4; ++k) store(p + k * VL, v[k]);
+}
+
 // body(i, n) for n vectors or fewer lanes: four vectors at a time first, for the processor to overlap
 template <class F>
 PF_INLINE void for_vectors(int64_t count, F&& body) {
@@ -45,7 +90,7 @@ PF_INLINE void for_vectors(int64_t count, F&& body) {
   for (; i < count; i += VL) body(i, std::integral_constant<int, 1>{}, count - i < VL ? int(count - i) : VL);
 }
 
-template <class T, class Transform>
+template <class T, class Transform, bool packed>
 struct Row {
   const T* x;
   int64_t classes;
@@ -57,16 +102,21 @@ struct Row {
 
   PF_INLINE fvec logit(int64_t c, int lanes) const { return transform.logit(load_any(x + c, lanes)); }
 
+  float largest_logit(int64_t begin, int64_t n) const {
+    if constexpr (std::is_same_v<T, bf16> && !Transform::sloped) return largest_of(x + begin, n);
+    fvec top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+    for_vectors(n, [&](int64_t i, auto vectors, int lanes) {
+      for (int k = 0; k < vectors; ++k)
+        top[k] = PYFAST_ISA::max(first(logit(begin + i + k * VL, lanes), lanes, -INFINITY), top[k]);
+    });
+    return hmax(PYFAST_ISA::max(PYFAST_ISA::max(top[0], top[1]), PYFAST_ISA::max(top[2], top[3])));
+  }
+
   template <bool keep>
   void softmax(const T* dx) {
-    for (int64_t begin = 0, tile = 0; begin < classes; begin += kTile, ++tile) {
-      int64_t n = classes - begin < kTile ? classes - begin : kTile;
-      fvec top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
-      for_vectors(n, [&](int64_t i, auto vectors, int lanes) {
-        for (int k = 0; k < vectors; ++k)
-          top[k] = PYFAST_ISA::max(first(logit(begin + i + k * VL, lanes), lanes, -INFINITY), top[k]);
-      });
-      float largest = hmax(PYFAST_ISA::max(PYFAST_ISA::max(top[0], top[1]), PYFAST_ISA::max(top[2], top[3])));
+    for (int64_t begin = 0, tile = 0; begin < classes; begin += kSpan, ++tile) {
+      int64_t n = classes - begin < kSpan ? classes - begin : kSpan;
+      float largest = largest_logit(begin, n);
       if (largest > max) {
         sum *= std::exp(double(max) - largest);
         max = largest;
@@ -78,8 +128,8 @@ struct Row {
         fvec e[vectors];
         for (int k = 0; k < vectors; ++k) {
           int64_t c = begin + i + k * VL;
-          _mm_prefetch((const char*)(x + c + kTile), _MM_HINT_T0);  // the next tile comes while this one is computed
-          e[k] = PYFAST_ISA::exp(first(logit(c, lanes), lanes, -INFINITY) - shift);
+          _mm_prefetch((const char*)(x + c + kSpan), _MM_HINT_T0);  // the next tile comes while this one is computed
+          e[k] = decay<T>(first(logit(c, lanes), lanes, -INFINITY) - shift);
           if constexpr (keep) {
             store(exps + c, e[k]);
             __asm__ volatile("prefetchw %0" ::"m"(*(const char*)(dx + c)));  // where the gradient will go
@@ -104,18 +154,22 @@ struct Row {
   // dx = (p · softmax_gradient - w · smoothing_gradient) · slope; x may be dx
   template <bool smoothing>
   void gradient(T* dx, double softmax_gradient, const float* weight, float smoothing_gradient) const {
-    for (int64_t begin = 0, tile = 0; begin < classes; begin += kTile, ++tile) {
-      int64_t n = classes - begin < kTile ? classes - begin : kTile;
+    for (int64_t begin = 0, tile = 0; begin < classes; begin += kSpan, ++tile) {
+      int64_t n = classes - begin < kSpan ? classes - begin : kSpan;
       fvec factor = splat(float(std::exp(double(tile_max[tile]) - max) * softmax_gradient / sum));
       for_vectors(n, [&](int64_t i, auto vectors, int lanes) {
+        fvec d[vectors];
         for (int k = 0; k < vectors; ++k) {
           int64_t c = begin + i + k * VL;
-          fvec d = load(exps + c) * factor;
+          d[k] = load(exps + c) * factor;
           if constexpr (smoothing)
-            d -= weight ? smoothing_gradient * load_any(weight + c, lanes) : splat(smoothing_gradient);
-          if constexpr (Transform::sloped) d *= transform.slope(logit(c, lanes));
-          store_any(dx + c, d, lanes);
+            d[k] -= weight ? smoothing_gradient * load_any(weight + c, lanes) : splat(smoothing_gradient);
+          if constexpr (Transform::sloped) d[k] *= transform.slope(logit(c, lanes));
         }
+        if constexpr (vectors == 4)
+          store4<packed>(dx + begin + i, d);
+        else
+          store_any(dx + begin + i, d[0], lanes);
       });
     }
   }
@@ -128,7 +182,7 @@ float* scratch(int64_t size) {
   return buffer.data();
 }
 
-template <class T, class Transform>
+template <bool packed, class T, class Transform>
 void run(const LossRows& r, Transform transform, const T* input, int64_t stride, T* dinput, int64_t dstride) {
   double weight_sum = r.classes;
   if (r.weight) {
@@ -136,12 +190,12 @@ void run(const LossRows& r, Transform transform, const T* input, int64_t stride,
     for (int64_t c = 0; c < r.classes; ++c) weight_sum += r.weight[c];
   }
   double smooth = r.label_smoothing / double(r.classes);
-  int64_t tiles = (r.classes + kTile - 1) / kTile;
+  int64_t tiles = (r.classes + kSpan - 1) / kSpan;
   parallel_for(r.rows, kGrain / r.classes, [&](int64_t begin, int64_t end) {
-    float* exps = r.upstream ? scratch(tiles * kTile + tiles) : nullptr;
+    float* exps = r.upstream ? scratch(tiles * kSpan + tiles) : nullptr;
     for (int64_t i = begin; i < end; ++i) {
       int64_t at = r.index[i], place = r.gathered ? i : at, y = r.target[at];
-      Row<T, Transform> row{input + place * stride, r.classes, transform, exps, exps + tiles * kTile};
+      Row<T, Transform, packed> row{input + place * stride, r.classes, transform, exps, exps + tiles * kSpan};
       T* dx = dinput + place * dstride;
       r.upstream ? row.template softmax<true>(dx) : row.template softmax<false>(dx);
       fvec target_logit = row.logit(y, 1);
@@ -190,10 +244,14 @@ void scaled(const T* x, float scale, float* sums, int64_t n) {
 void cross_entropy(DType t, const LossRows& r, const void* input, int64_t stride, void* dinput, int64_t dstride) {
   bool plain = r.scale == 1.f && r.softcap == 0.f;
   PYFAST_DISPATCH(t, T, {
-    if (plain)
-      run(r, Plain{}, (const T*)input, stride, (T*)dinput, dstride);
-    else
-      run(r, Scaled{r.scale, r.softcap}, (const T*)input, stride, (T*)dinput, dstride);
+    constexpr bool packs = std::is_same_v<T, bf16> && VL == 16;
+    const auto run_with = [&](auto transform) {
+      if (packs && current_isa() == Isa::amx)
+        run<packs>(r, transform, (const T*)input, stride, (T*)dinput, dstride);
+      else
+        run<false>(r, transform, (const T*)input, stride, (T*)dinput, dstride);
+    };
+    plain ? run_with(Plain{}) : run_with(Scaled{r.scale, r.softcap});
   })
 }
 void gather_rows(const void* from, const int64_t* index, int64_t rows, int64_t bytes, void* to) {
