@@ -76,6 +76,7 @@ struct Short {
   // Scores become exponentials, dropped out; rescale divides by their sum.
   void softmax(const Sequence& s, const Block& b, int64_t rows, float factor, Memory& m) const {
     const int64_t ld = b.queries, row = s.row + b.h * a.sq + b.i0;
+    const bool dropout = a.dropout_p > 0;
     for (int64_t i = 0; i < rows; i += VL) {
       float* x = m.scores + i;
       const fvec sink = splat(a.sinks ? a.sinks[b.h] : -kInf);
@@ -90,7 +91,7 @@ struct Short {
       fvec sum0{}, sum1{};
       auto exponential = [&](int64_t j) {
         fvec p = exp_of<float>(load(x + j * ld) * factor - base);
-        store(x + j * ld, a.dropout_p > 0 ? p * load(m.dropout + j * ld + i) : p);
+        store(x + j * ld, dropout ? p * load(m.dropout + j * ld + i) : p);
         return p;
       };
       for (j = 0; j + 2 <= b.keys; j += 2) sum0 += exponential(j), sum1 += exponential(j + 1);
