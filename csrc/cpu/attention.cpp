@@ -241,19 +241,18 @@ void zero_rows(T* x, const Strides& t, int64_t heads, int64_t first, int64_t las
 
 template <class T, class C>
 void forward(const Problem& a) {
+  ShortSequences<T>(a).forward();
   const int64_t D = round_up(a.dim, kPad);
   std::vector<int64_t> packed_row(a.batch + 1, 0);
   struct Task {
     int64_t n, h, i0;
   };
   std::vector<Task> tasks, packs, rows;
-  std::vector<int64_t> short_ones;
   int64_t longest = 0;
   for (int64_t n = 0; n < a.batch; ++n) {
     Sequence s = a.sequence(n);
     if (is_short(s)) {
       packed_row[n + 1] = packed_row[n];
-      short_ones.push_back(n);
       continue;
     }
     if (s.sq <= kFewQueries) {
@@ -292,7 +291,6 @@ void forward(const Problem& a) {
   parallel_tasks(
       tasks.size(), [&] { return std::make_unique<typename Forward<T, C>::Memory>(D); },
       [&](int64_t t, auto& m) { kernel.task(tasks[t].n, tasks[t].h, tasks[t].i0, m); });
-  short_sequences<T>(a, short_ones, &Short<T>::forward);
   ForwardRow<T> few{a};
   parallel_tasks(
       rows.size(), [&] { return std::make_unique<typename ForwardRow<T>::Memory>(longest, a.dim); },
@@ -536,6 +534,7 @@ struct Backward {
 
 template <class T, class C>
 void backward(const Problem& a, int64_t threads) {
+  ShortSequences<T>(a).backward();
   Backward<T, C> kernel{a};
   const int64_t D = kernel.D;
   // Tasks are key/value heads of a sequence. Where those are too few for the threads, their keys are split, which costs
@@ -544,16 +543,12 @@ void backward(const Problem& a, int64_t threads) {
     int64_t n, h, part, first, last;
   };
   std::vector<Task> tasks;
-  std::vector<int64_t> parts(a.batch), short_ones;
+  std::vector<int64_t> parts(a.batch);
   int64_t total = 0, most_parts = 1, longest_q = kBackwardQueries, longest_part = kPad;
   for (int64_t n = 0; n < a.batch; ++n) {
     const Sequence s = a.sequence(n);
-    if (is_short(s))
-      short_ones.push_back(n);
-    else
-      total += s.sk * a.kv_heads;
+    if (!is_short(s)) total += s.sk * a.kv_heads;
   }
-  short_sequences<T>(a, short_ones, &Short<T>::backward);
   const int64_t length = std::max<int64_t>(256, ceil_div(total, 4 * threads));
   for (int64_t n = 0; n < a.batch; ++n) {
     const Sequence s = a.sequence(n);

@@ -25,19 +25,20 @@ struct Short {
     int64_t ld;
     const float* row(int64_t i) const { return data + i * ld; }
   };
+  // One thread's buffers, of one allocation: calls on short sequences are too short for many.
   struct Memory {
-    static constexpr int64_t kBlock = kShort * kShortQueries;
-    explicit Memory(int64_t D)
-        : k(kShort * D),
-          v(kShort * D),
-          q(kShortQueries * D),
-          dout(kShortQueries * D),
-          q_t(kShortQueries * D),
-          do_t(kShortQueries * D),
-          dk(kShort * D),
-          dv(kShort * D) {}
-    Scratch<float> k, v, q, dout, q_t, do_t, dk, dv;
-    Scratch<float> scores{kBlock}, dp{kBlock}, dropout{kBlock}, cap_slope{kBlock};
+    Memory(int64_t D, int64_t longest_q, int64_t longest_k)
+        : queries(round_up(std::min(longest_q, kShortQueries), VL)),
+          keys(longest_k),
+          all(4 * keys * D + 4 * queries * D + 4 * keys * queries) {
+      float* next = all;
+      for (float** x : {&k, &v, &dk, &dv}) *x = next, next += keys * D;
+      for (float** x : {&q, &dout, &q_t, &do_t}) *x = next, next += queries * D;
+      for (float** x : {&scores, &dp, &dropout, &cap_slope}) *x = next, next += keys * queries;
+    }
+    int64_t queries, keys;
+    Scratch<float> all;
+    float *k, *v, *dk, *dv, *q, *dout, *q_t, *do_t, *scores, *dp, *dropout, *cap_slope;
     float rescale[kShortQueries];
   };
 
@@ -186,15 +187,33 @@ struct Short {
   }
 };
 
-// One task per key/value head of each of these sequences
+// The short ones of a problem's sequences: one task per key/value head of each.
 template <class T>
-void short_sequences(const Problem& a, const std::vector<int64_t>& sequences,
-                     void (Short<T>::*part)(int64_t, int64_t, typename Short<T>::Memory&) const) {
-  const Short<T> kernel{a};
-  parallel_tasks(
-      sequences.size() * a.kv_heads, [&] { return std::make_unique<typename Short<T>::Memory>(kernel.D); },
-      [&](int64_t t, auto& m) { (kernel.*part)(sequences[t / a.kv_heads], t % a.kv_heads, m); });
-}
+struct ShortSequences {
+  explicit ShortSequences(const Problem& a) : kernel{a} {
+    for (int64_t n = 0; n < a.batch; ++n) {
+      const Sequence s = a.sequence(n);
+      if (!is_short(s)) continue;
+      found.push_back(n);
+      longest_q = std::max(longest_q, s.sq), longest_k = std::max(longest_k, s.sk);
+    }
+  }
+  void forward() const { run(&Short<T>::forward); }
+  void backward() const { run(&Short<T>::backward); }
+
+  Short<T> kernel;
+  std::vector<int64_t> found;
+  int64_t longest_q = 0, longest_k = 0;
+
+ private:
+  using Memory = typename Short<T>::Memory;
+  void run(void (Short<T>::*part)(int64_t, int64_t, Memory&) const) const {
+    const int64_t heads = kernel.a.kv_heads;
+    parallel_tasks(
+        found.size() * heads, [&] { return std::make_unique<Memory>(kernel.D, longest_q, longest_k); },
+        [&](int64_t t, Memory& m) { (kernel.*part)(found[t / heads], t % heads, m); });
+  }
+};
 
 }  // namespace
 }  // namespace pyfast::PYFAST_ISA

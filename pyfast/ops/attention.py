@@ -1,5 +1,7 @@
 """attention and attention_varlen: softmax attention that never holds its scores (Dao et al. 2022, "FlashAttention")."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -46,12 +48,11 @@ def attention(
     Raises TypeError for wrong types or differing dtypes, ValueError for shapes that do not fit or values out of range.
     """
     name = "attention"
-    check_floating(name, q=q, k=k, v=v)
-    q, k, v = autocast(q, k, v)
-    _check_heads(name, q, k, v, "(B, H, S, D)")
+    q, k, v, options = _arguments(
+        name, q, k, v, "(B, H, S, D)", causal, scale, window_size, softcap, sinks, dropout_p, seed
+    )
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"{name}: k is {describe(k)}, expected the batch size of q, {q.shape[0]}")
-    _check_options(name, q, scale, softcap, sinks, dropout_p)
     batch, heads, sq, sk = *q.shape[:3], k.shape[2]
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype != torch.bool:
@@ -76,23 +77,11 @@ def attention(
                 f"{name}: attn_bias is {describe(attn_bias)}, expected a shape that broadcasts to"
                 f" (B, H, Sq, Sk) = {full}"
             )
-    options = {
-        "causal": causal,
-        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
-        "window_size": _window(name, window_size),
-        "softcap": softcap,
-        "sinks": sinks,
-        "dropout_p": dropout_p,
-        "seed": philox.seed_tensor(name, seed, q.device) if dropout_p > 0 else None,
-    }
+    options |= {"attention_mask": attention_mask, "attn_bias": attn_bias, "return_lse": return_lse}
     backend = dispatch.choose(name, q)
     if backend in ("reference", "torch"):
-        implementation = reference.attention if backend == "reference" else _torch_attention
-        return implementation(
-            q, k, v, attention_mask=attention_mask, attn_bias=attn_bias, return_lse=return_lse, **options
-        )
-    out, lse = _kernel(backend, q, k, v, attention_mask=attention_mask, attn_bias=attn_bias, **options)
-    return (out, lse) if return_lse else out
+        return (reference.attention if backend == "reference" else _torch_attention)(q, k, v, **options)
+    return _kernel(backend, q, k, v, **options)
 
 
 def attention_varlen(
@@ -124,10 +113,9 @@ def attention_varlen(
     Returns (Tq, H, D) in q's dtype. cu_seqlens that decrease or overrun raise ValueError for CPU tensors.
     """
     name = "attention_varlen"
-    check_floating(name, q=q, k=k, v=v)
-    q, k, v = autocast(q, k, v)
-    _check_heads(name, q, k, v, "(T, H, D)")
-    _check_options(name, q, scale, softcap, sinks, dropout_p)
+    q, k, v, options = _arguments(
+        name, q, k, v, "(T, H, D)", causal, scale, window_size, softcap, sinks, dropout_p, seed
+    )
     for which, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
             given = describe(cu_seqlens) if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
@@ -147,41 +135,18 @@ def attention_varlen(
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_cu_seqlens(name, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
         _check_cu_seqlens(name, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
-    options = {
-        "causal": causal,
-        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
-        "window_size": _window(name, window_size),
-        "softcap": softcap,
-        "sinks": sinks,
-        "dropout_p": dropout_p,
-        "seed": philox.seed_tensor(name, seed, q.device) if dropout_p > 0 else None,
-    }
     backend = dispatch.choose(name, q)
     if backend in ("reference", "torch"):
         implementation = reference.attention_varlen if backend == "reference" else _torch_attention_varlen
         return implementation(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
-    return _kernel(backend, q, k, v, cu_seqlens=(cu_seqlens_q, cu_seqlens_k), max_seqlen_k=max_seqlen_k, **options)[0]
+    return _kernel(backend, q, k, v, cu_seqlens=(cu_seqlens_q, cu_seqlens_k), max_seqlen_k=max_seqlen_k, **options)
 
 
-def _check_heads(op: str, q, k, v, layout: str) -> None:
-    check_same(op, shape=False, q=q, k=k, v=v)
-    rank, heads_at = (4, 1) if layout == "(B, H, S, D)" else (3, 1)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != rank:
-            raise ValueError(f"{op}: {name} is {describe(tensor)}, expected {rank} dimensions {layout}")
-    if k.shape != v.shape:
-        raise ValueError(f"{op}: v is {describe(v)}, expected the shape of k, {tuple(k.shape)}")
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
-        raise ValueError(f"{op}: q is {describe(q)} and k {describe(k)}, expected one head width D >= 1 for both")
-    heads, kv_heads = q.shape[heads_at], k.shape[heads_at]
-    if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"{op}: q is {describe(q)} with {heads} heads and k {describe(k)} with {kv_heads}, expected a number of"
-            " key/value heads that divides the number of query heads"
-        )
-
-
-def _check_options(op: str, q, scale, softcap, sinks, dropout_p) -> None:
+def _arguments(op, q, k, v, layout: str, causal, scale, window_size, softcap, sinks, dropout_p, seed):
+    """(q, k, v, options): what both ops share, checked; q, k and v in autocast's dtype."""
+    check_floating(op, q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
+    _check_heads(op, q, k, v, layout)
     philox.check_dropout(op, dropout_p)
     if scale is not None:
         check_number(op, scale=scale)
@@ -191,6 +156,38 @@ def _check_options(op: str, q, scale, softcap, sinks, dropout_p) -> None:
         _check_device(op, "sinks", sinks, q)
         if sinks.shape != q.shape[1:2]:
             raise ValueError(f"{op}: sinks is {describe(sinks)}, expected a logit per query head, ({q.shape[1]},)")
+    return (
+        q,
+        k,
+        v,
+        {
+            "causal": causal,
+            "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+            "window_size": _window(op, window_size),
+            "softcap": softcap,
+            "sinks": sinks,
+            "dropout_p": dropout_p,
+            "seed": philox.seed_tensor(op, seed, q.device) if dropout_p > 0 else None,
+        },
+    )
+
+
+def _check_heads(op: str, q, k, v, layout: str) -> None:
+    check_same(op, shape=False, q=q, k=k, v=v)
+    rank = layout.count(",") + 1
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != rank:
+            raise ValueError(f"{op}: {name} is {describe(tensor)}, expected {rank} dimensions {layout}")
+    if k.shape != v.shape:
+        raise ValueError(f"{op}: v is {describe(v)}, expected the shape of k, {tuple(k.shape)}")
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+        raise ValueError(f"{op}: q is {describe(q)} and k {describe(k)}, expected one head width D >= 1 for both")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"{op}: q is {describe(q)} with {heads} heads and k {describe(k)} with {kv_heads}, expected a number of"
+            " key/value heads that divides the number of query heads"
+        )
 
 
 def _check_device(op: str, name: str, tensor, q) -> None:
@@ -199,19 +196,20 @@ def _check_device(op: str, name: str, tensor, q) -> None:
 
 
 def _check_cu_seqlens(op: str, name: str, cu_seqlens, total: int, max_name: str, max_seqlen: int) -> None:
-    lengths = cu_seqlens.diff()
-    if cu_seqlens[0] != 0:
-        raise ValueError(f"{op}: {name} begins with {int(cu_seqlens[0])}, expected 0")
-    if (lengths < 0).any():
-        n = int((lengths < 0).nonzero()[0])
+    bounds = cu_seqlens.tolist()  # at once: an element of a tensor costs as much
+    lengths = [last - first for first, last in itertools.pairwise(bounds)]
+    if bounds[0] != 0:
+        raise ValueError(f"{op}: {name} begins with {bounds[0]}, expected 0")
+    if min(lengths, default=0) < 0:
+        n = next(n for n, length in enumerate(lengths) if length < 0)
         raise ValueError(
-            f"{op}: {name} decreases from {int(cu_seqlens[n])} to {int(cu_seqlens[n + 1])} at position {n + 1},"
+            f"{op}: {name} decreases from {bounds[n]} to {bounds[n + 1]} at position {n + 1},"
             " expected boundaries that never decrease"
         )
-    if cu_seqlens[-1] > total:
-        raise ValueError(f"{op}: {name} ends at {int(cu_seqlens[-1])}, beyond the {total} rows that there are")
-    if lengths.numel() and int(lengths.max()) > max_seqlen:
-        raise ValueError(f"{op}: {max_name} is {max_seqlen}, but {name} has a sequence of {int(lengths.max())}")
+    if bounds[-1] > total:
+        raise ValueError(f"{op}: {name} ends at {bounds[-1]}, beyond the {total} rows that there are")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"{op}: {max_name} is {max_seqlen}, but {name} has a sequence of {max(lengths)}")
 
 
 def _window(op: str, window_size) -> tuple[int, int]:
@@ -244,10 +242,11 @@ def _kernel(
     seed,
     attention_mask=None,
     attn_bias=None,
+    return_lse=False,
     cu_seqlens=(None, None),
     max_seqlen_k=0,
 ):
-    """(out, lse) from a backend's kernels."""
+    """out, or with return_lse (out, lse), from a backend's kernels."""
     left, right = window_size
     if sinks is not None:
         sinks = sinks.float()
@@ -256,7 +255,8 @@ def _kernel(
         if attn_bias.dtype not in dispatch.KERNEL_DTYPES:
             attn_bias = attn_bias.float()
     options = (max_seqlen_k, scale, softcap or 0.0, left, 0 if causal else right, float(dropout_p))
-    return _Attention.apply(*distinct(q, k, v, sinks, attn_bias, attention_mask, seed, *cu_seqlens), options, backend)
+    tensors = distinct(q, k, v, sinks, attn_bias, attention_mask, seed, *cu_seqlens)
+    return _Attention.apply(*tensors, options, backend, return_lse)
 
 
 def _rows_contiguous(x):
@@ -266,7 +266,8 @@ def _rows_contiguous(x):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, attn_bias, attention_mask, seed, cu_seqlens_q, cu_seqlens_k, options, backend):
+    def forward(ctx, q, k, v, sinks, attn_bias, attention_mask, seed, cu_seqlens_q, cu_seqlens_k, *settings):
+        options, backend, return_lse = settings
         q, k, v = map(_rows_contiguous, (q, k, v))
         attention_mask, sinks, cu_seqlens_q, cu_seqlens_k = (
             x if x is None else x.contiguous() for x in (attention_mask, sinks, cu_seqlens_q, cu_seqlens_k)
@@ -276,11 +277,11 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, maximum, log_sum, *extra)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        return out, maximum + log_sum
+        return (out, maximum + log_sum) if return_lse else out
 
     @staticmethod
     @first_order
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse=None):
         q, k, v, out, maximum, log_sum, *extra = ctx.saved_tensors
         sinks, _, attn_bias, *_ = extra
         dout = torch.zeros_like(out) if dout is None else _rows_contiguous(dout)
@@ -291,7 +292,7 @@ class _Attention(torch.autograd.Function):
         )
         dsinks = dsinks if sinks is not None else None
         dbias = dbias.to(attn_bias.dtype) if bias_gradient else None
-        return dq, dk, dv, dsinks, dbias, *(None,) * 6
+        return dq, dk, dv, dsinks, dbias, *(None,) * 7
 
 
 def _torch_attention(
