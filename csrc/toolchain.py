@@ -74,8 +74,8 @@ def ninja_file(root: Path, libraries: dict[str, str]) -> str:
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
     # TORCH_TARGET_VERSION: the oldest torch whose stable ABI is used, 2.11
-    torch_flags = " ".join(f"-isystem {quote(p)}" for p in include_paths())
-    torch_flags += " -DTORCH_TARGET_VERSION=0x020b000000000000"
+    includes = " ".join(f"-isystem {quote(p)}" for p in include_paths())
+    torch_flags = f"{includes} -DTORCH_TARGET_VERSION=0x020b000000000000"
     torch_libraries = f"-L{quote(TORCH_LIB_PATH)} -ltorch_cpu -lc10 -ldl"
     link = {"_cpu": torch_libraries, "_emu": f"{torch_libraries} -lpthread", "_info": ""}
     depfile = "  depfile = $out.d\n  deps = gcc"
@@ -114,7 +114,7 @@ def ninja_file(root: Path, libraries: dict[str, str]) -> str:
     if "_info" in libraries:
         python = quote(sysconfig.get_path("include"))
         version = f"-DPYFAST_TORCH_VERSION='\"{torch.__version__}\"'"
-        compile_("_info", "csrc/info.cpp", f"{torch_flags} -I{python} {version}")
+        compile_("_info", "csrc/info.cpp", f"{includes} -I{python} {version}")
     for library, file in libraries.items():
         path = FOLDER / file
         lines += [f"build {path}: link {' '.join(objects[library])}", f"  flags = {link[library]}", f"default {path}"]
