@@ -3,8 +3,9 @@ takes: registers, spills, shared memory, tensor-core instructions, and a static 
 
     python -m benchmarks.aot [--target sm_90 ...] [--kernel NAME ...] [--write]
 
-Without --write it prints; with it, it writes benchmarks/results/aot/<target>.csv. It runs the launchers themselves, on
-meta tensors (benchmarks/launches.py), so that what is compiled is what a launch would compile.
+Without --write it prints; with it, it writes benchmarks/results/aot/<target>.csv, and estimate.csv: the FLOPs and bytes
+of each kernel's main path, and the time that the rates seen on one H100 allow it at best. It runs the launchers
+themselves, on meta tensors (benchmarks/launches.py), so that what is compiled is what a launch would compile.
 """
 
 import argparse
@@ -35,6 +36,8 @@ TARGETS = {
 }
 #: what a kernel that multiplies matrices must contain
 TENSOR_CORE = {"sm_75": "HMMA", "sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+#: what one H100 was seen to reach: FLOP/s of a bf16 product, bytes/s of a copy
+CEILINGS = {"flops": 798e12, "bytes": 3.0e12}
 RESULTS = Path(__file__).parent / "results" / "aot"
 FIELDS = [
     "kernel",
@@ -72,7 +75,7 @@ class _Driver:
 def compile_row(job: tuple[str, str, str, int]) -> dict:
     """The table's row of one (target, kernel, variant, problem size)."""
     name, kernel_name, variant, size = job
-    largest, variants = CASES[kernel_name]
+    largest, variants, _ = CASES[kernel_name]
     target, dtype, _, registers_per_sm, threads_per_sm = TARGETS[name]
     driver.set_active(_Driver(target))
     launch.architecture = lambda device: name
@@ -149,6 +152,21 @@ def jobs(targets, kernels) -> list[tuple[str, str, str, int]]:
     return found
 
 
+def estimates(kernels) -> list[dict]:
+    """Per kernel and size of its table: the work of the main path, and the time that CEILINGS allow it at best."""
+    found = []
+    for kernel in kernels:
+        case = CASES[kernel]
+        for _, size in classes(kernel, "sm_90"):
+            flops, moved = case.work(size)
+            times = {"compute": flops / CEILINGS["flops"], "memory": moved / CEILINGS["bytes"]}
+            bound = max(times, key=times.get)
+            row = {"kernel": kernel, "variant": next(iter(case.calls)), "size": size}
+            row |= {"gflop": round(flops / 1e9, 2), "mbyte": round(moved / 1e6, 2), "bound": bound}
+            found.append(row | {"h100_us": round(times[bound] * 1e6, 1)})
+    return found
+
+
 def problems(target: str, row: dict) -> list[str]:
     """Why a row must not be: a spill on the main path, too much shared memory, or no tensor cores."""
     where = f"{row['kernel']} {row['variant']} ({row['tile']}) on {target}"
@@ -174,16 +192,17 @@ def main() -> int:
         for (target, *_), row in zip(work, pool.map(compile_row, work), strict=True):
             tables[target].append(row)
     wrong = []
-    for target, rows in tables.items():
+    for name, rows in {**tables, "estimate": estimates(options.kernel)}.items():
         if options.write:
             RESULTS.mkdir(parents=True, exist_ok=True)
-            file = (RESULTS / f"{target}.csv").open("w", newline="")
+            file = (RESULTS / f"{name}.csv").open("w", newline="")
         else:
-            print(f"# {target}")
+            print(f"# {name}")
             file = sys.stdout
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0] if rows else FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    for target, rows in tables.items():
         wrong += [problem for row in rows for problem in problems(target, row)]
     print("\n".join(wrong), file=sys.stderr)
     return 1 if wrong else 0

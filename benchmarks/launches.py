@@ -16,10 +16,12 @@ from pyfast.kernels.tiles import TILES
 
 
 class Case(NamedTuple):
-    """size: the largest problem of the main path. calls: variant -> call; the first is the main path."""
+    """size: the largest problem of the main path. calls: variant -> call; the first is the main path. work: of that
+    call for a size in a 16-bit dtype, (FLOPs of matrix products, bytes that must come from memory or go there)."""
 
     size: int
     calls: dict[str, Callable[[int, torch.dtype], object]]
+    work: Callable[[int], tuple[float, float]]
 
 
 def _randn(*shape, dtype):
@@ -57,6 +59,18 @@ def _cross_entropy(n, dtype):
     return launch.launchers()["cross_entropy"](
         _randn(4096, n, dtype=dtype), target, _fp32(n), upstream, -100, 0.1, 30.0
     )
+
+
+def _linear_cross_entropy(n, dtype, everything=False):
+    """A frozen head of 4096 columns; everything: all options and gradients."""
+    x, weight, target = _randn(1024, 4096, dtype=dtype), _randn(n, 4096, dtype=dtype), torch.randint(n, (1024,))
+    upstream = torch.rand(1024, 2, dtype=torch.float64)
+    call, tail = launch.launchers()["linear_cross_entropy"], (1 / 64, 256 << 20)
+    if everything:
+        extra = [_randn(n, dtype=dtype), _randn(16, 4096, dtype=dtype), _randn(n, 16, dtype=dtype)]
+        return call(x, weight, *extra, target, _fp32(n), upstream, 2.0, -100, 0.1, 30.0, *tail, [True] * 5)
+    needs = [True, False, False, False, False]
+    return call(x, weight, None, None, None, target, None, upstream, 1.0, -100, 0.0, None, *tail, needs)
 
 
 def _norm(n, dtype):
@@ -130,26 +144,55 @@ def _dequantize(n, dtype):
 _ATTENTION = {"causal": {}, "packed window": {"packed": True}, "everything": {"everything": True}}
 _FORWARD = {name: partial(_attention, **options) for name, options in _ATTENTION.items()}
 _BACKWARD = {name: partial(_attention, **options, backward=True) for name, options in _ATTENTION.items()}
+_HEAD = {"frozen head": _linear_cross_entropy, "everything": partial(_linear_cross_entropy, everything=True)}
+
+
+def _elements(per_column: float):
+    """The work of a kernel that only moves so many bytes per column of the size."""
+    return lambda n: (0.0, per_column * n)
+
+
+def _attention_work(products: int, of_queries: int, of_keys: int):
+    """Of so many products of the causal pairs, and so many tensors like q and like k read or written."""
+
+    def work(dim):
+        pairs, queries, keys = 2 * 32 * 4096 * 4097 / 2, 2 * 4096 * 32, 2 * 4096 * 8
+        return 2 * products * pairs * dim, 2 * dim * (of_queries * queries + of_keys * keys) + 8 * queries
+
+    return work
+
+
+def _matmul_work(n):
+    return 2 * 8192 * n * (4096 + 16), 2 * (8192 * 4096 + 4096 * n + 8192 * n) + 4 * 8192 * 16
+
+
+def _head_work(n):
+    return 2 * 1024 * 4096 * n, 2 * (1024 * 4096 + 4096 * n + 1024 * n)
+
 
 CASES = {
-    "gated_kernel": Case(14336, {"": _gated}),
-    "gated_backward_kernel": Case(14336, {"": _gated_backward}),
-    "activate_kernel": Case(16384, {"": _activate}),
-    "activate_backward_kernel": Case(16384, {"": _activate_backward}),
-    "cross_entropy_kernel": Case(128256, {"": _cross_entropy}),
-    "norm_kernel": Case(8192, {"": _norm}),
-    "norm_backward_kernel": Case(8192, {"": _norm_backward}),
-    "rope_kernel": Case(128, {"": _rope}),
-    "dequantize_kernel": Case(4096, {"": _dequantize}),
+    "gated_kernel": Case(14336, {"": _gated}, _elements(3 * 2 * 4096)),
+    "gated_backward_kernel": Case(14336, {"": _gated_backward}, _elements(5 * 2 * 4096)),
+    "activate_kernel": Case(16384, {"": _activate}, _elements(2 * 2 * 4096)),
+    "activate_backward_kernel": Case(16384, {"": _activate_backward}, _elements(3 * 2 * 4096)),
+    "cross_entropy_kernel": Case(128256, {"": _cross_entropy}, _elements(2 * 2 * 4096)),
+    "exponentials_kernel": Case(128256, _HEAD, _head_work),
+    "logits_gradient_kernel": Case(128256, _HEAD, _elements(2 * 2 * 1024)),
+    "norm_kernel": Case(8192, {"": _norm}, _elements(4 * 2 * 4096)),
+    "norm_backward_kernel": Case(8192, {"": _norm_backward}, _elements(4 * 2 * 4096)),
+    "rope_kernel": Case(128, {"": _rope}, _elements(2 * 2 * 4 * 2048 * 32)),
+    "dequantize_kernel": Case(4096, {"": _dequantize}, _elements((0.5 + 4 / 64 + 2) * 4096)),
     "matmul_kernel": Case(
-        4096, {"y": _matmul, "dx with dropout": partial(_matmul, dx=True), "h with dropout": _matmul_down}
+        4096,
+        {"y": _matmul, "dx with dropout": partial(_matmul, dx=True), "h with dropout": _matmul_down},
+        _matmul_work,
     ),
-    "attention_kernel": Case(128, _FORWARD),
-    "attention_dq_kernel": Case(128, _BACKWARD),
-    "attention_dkv_kernel": Case(128, _BACKWARD),
+    "attention_kernel": Case(128, _FORWARD, _attention_work(2, 2, 2)),
+    "attention_dq_kernel": Case(128, _BACKWARD, _attention_work(3, 4, 2)),
+    "attention_dkv_kernel": Case(128, _BACKWARD, _attention_work(4, 2, 4)),
 }
 #: kernels that multiply matrices
-MATRIX = {"matmul_kernel", "attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"}
+MATRIX = {"matmul_kernel", "exponentials_kernel", "attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"}
 
 
 def classes(kernel: str, architecture: str) -> list[tuple[int | None, int]]:

@@ -1,15 +1,262 @@
-"""The language-model head and its loss in Triton: the logits of a chunk of rows at a time, never of all.
+"""The language-model head and its loss in Triton, without its logits: the epilogue of the product x Wᵀ leaves, of each
+tile, the largest logit of every row and the sum of the exponentials above it, and the logit of the row's target.
+
+With gradients it also leaves the exponentials, relative to their tile's largest, in the input's dtype and for a chunk
+of rows at a time; one pass turns them into the logits' gradient in place, and that gradient's products follow with what
+needs one, so that a frozen head takes two products (the exponentials in the epilogue are QuACK's idea, the gradient in
+the forward Liger-Kernel's). With softcap, whose slope needs them, it is the chunk's logits that are kept, in fp32.
 
 Rows that count come first (a stable sort, so that the order is always the same), and the products stop at their number,
-which only the GPU knows. For each chunk: the logits with LoRA in the product's epilogue, the cross-entropy kernel,
-which turns them into their gradient, and that gradient's products with what needs one (Liger-Kernel's scheme).
+which only the GPU knows.
 """
 
 import torch
+import triton
+import triton.language as tl
 
 from pyfast.kernels import launch
-from pyfast.kernels.cross_entropy import row_losses
+from pyfast.kernels.cross_entropy import softcapped
 from pyfast.kernels.lora import matmul
+
+
+@triton.jit
+def exponentials_kernel(
+    X,
+    WEIGHT,
+    BIAS,
+    H,
+    LORA_B,
+    TARGET,
+    CLASS_WEIGHT,
+    LIMIT,
+    KEPT,
+    MAXIMUM,
+    TOTAL,
+    BELOW,
+    TARGET_LOGIT,
+    rows,
+    classes,
+    k,
+    rank,
+    weight_stride_n,
+    weight_stride_k,
+    lora_stride_n,
+    lora_stride_r,
+    logit_scale,
+    scaling,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """X (rows, k), H (rows, rank), KEPT (rows, classes), and MAXIMUM, TOTAL, BELOW (tiles of classes, rows): the
+    largest logit, the sum of exp(logit - largest), and that of class weight * (logit - largest). Rows from LIMIT on are
+    not computed."""
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tile_m, tile_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m  # neighbours share a part of WEIGHT
+    if tile_m * BLOCK_M >= tl.load(LIMIT):
+        return
+    row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
+    column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        across = start + tl.arange(0, BLOCK_K)[None, :]
+        down = (start + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
+        x = tl.load(X + row * k + across, mask=(row < rows) & (across < k), other=0.0)
+        w = WEIGHT + down * weight_stride_k + column * weight_stride_n
+        w = tl.load(w, mask=(down < k) & (column < classes), other=0.0)
+        logits = tl.dot(x, w, logits, input_precision="ieee")
+    logits *= logit_scale
+    if H is not None:
+        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            across = start + tl.arange(0, BLOCK_R)[None, :]
+            down = start + tl.arange(0, BLOCK_R)[:, None]
+            h = tl.load(H + row * rank + across, mask=(row < rows) & (across < rank), other=0.0)
+            b = LORA_B + down * lora_stride_r + column * lora_stride_n
+            b = tl.load(b, mask=(down < rank) & (column < classes), other=0.0)
+            product = tl.dot(h.to(X.dtype.element_ty), b, product, input_precision="ieee")
+        logits += product * scaling
+    if BIAS is not None:
+        logits += tl.load(BIAS + column, mask=column < classes, other=0.0)
+    logits = softcapped(logits, softcap, SOFTCAP)
+    inside = column < classes
+
+    target = tl.load(TARGET + row, mask=row < rows, other=-1)
+    target_logit = tl.sum(tl.where(column == target, logits, 0.0), 1, keep_dims=True)
+    here = (target >= tile_n * BLOCK_N) & (target < tl.minimum((tile_n + 1) * BLOCK_N, classes))
+    tl.store(TARGET_LOGIT + row, target_logit, mask=(row < rows) & here)
+    logits = tl.where(inside, logits, -float("inf"))
+    largest = tl.max(logits, 1, keep_dims=True)
+    shift = tl.where(largest == -float("inf"), 0.0, largest)
+    e = tl.exp(logits - shift)
+    at = tile_n.to(tl.int64) * rows + row
+    tl.store(MAXIMUM + at, largest, mask=row < rows)
+    tl.store(TOTAL + at, tl.sum(e, 1, keep_dims=True), mask=row < rows)
+    if SMOOTHING:
+        weight = tl.where(inside, 1.0, 0.0)
+        if CLASS_WEIGHT is not None:
+            weight = tl.load(CLASS_WEIGHT + column, mask=inside, other=0.0)
+        below = tl.sum(tl.where(inside, weight * (logits - shift), 0.0), 1, keep_dims=True)
+        tl.store(BELOW + at, below, mask=row < rows)
+    if KEPT is not None:
+        kept = logits if SOFTCAP else e
+        tl.store(KEPT + row * classes + column, kept.to(KEPT.dtype.element_ty), mask=(row < rows) & inside)
+
+
+@triton.jit
+def logits_gradient_kernel(
+    KEPT,
+    D,
+    TARGET,
+    CLASS_WEIGHT,
+    TILE_MAXIMUM,
+    MAXIMUM,
+    FACTOR,
+    SOFT,
+    D_TARGET,
+    rows,
+    classes,
+    tile_columns,
+    ignore_index,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """D (rows, classes), which may be KEPT itself: factor * exp(logit - maximum) - soft * class weight, but D_TARGET at
+    the target, times softcap's slope. Zeros in ignored rows."""
+    blocks = tl.cdiv(classes, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < classes
+    D += row * classes + column
+    target = tl.load(TARGET + row)
+    if target == ignore_index:
+        tl.store(D, tl.zeros([BLOCK], D.dtype.element_ty), mask=inside)
+        return
+    maximum = tl.load(MAXIMUM + row)
+    kept = tl.load(KEPT + row * classes + column, mask=inside, other=0.0).to(tl.float32)
+    slope = 1.0
+    if SOFTCAP:
+        slope = (1 - kept / softcap) * (1 + kept / softcap)
+        e = tl.exp(kept - maximum)
+    else:
+        at = (column // tile_columns).to(tl.int64) * rows + row
+        e = kept * tl.exp(tl.load(TILE_MAXIMUM + at, mask=inside, other=0.0) - maximum)
+    d = tl.load(FACTOR + row) * e
+    if SMOOTHING:
+        weight = 1.0
+        if CLASS_WEIGHT is not None:
+            weight = tl.load(CLASS_WEIGHT + column, mask=inside, other=0.0)
+        d -= tl.load(SOFT + row) * weight
+    d = tl.where(column == target, tl.load(D_TARGET + row), d) * slope
+    tl.store(D, d.to(D.dtype.element_ty), mask=inside)
+
+
+class _Chunk:
+    """The losses of some rows, and on demand the gradient of their logits."""
+
+    def __init__(
+        self, x, linear_weight, bias, h, lora_B, target, weight, limit, scaling, logit_scale, options, gradient
+    ):
+        self.target, self.weight, self.options = target, weight, options
+        self.ignore_index, self.smoothing, self.softcap = options
+        rows, self.classes = len(x), len(linear_weight)
+        tile = launch.tile(exponentials_kernel, x.device, self.classes)
+        self.tile_columns = tile["BLOCK_N"]
+        tiles = triton.cdiv(self.classes, self.tile_columns)
+        self.kept = None
+        if gradient:
+            self.kept = x.new_empty((rows, self.classes), dtype=x.dtype if self.softcap is None else torch.float32)
+        self.tile_maximum, total = (x.new_empty((tiles, rows), dtype=torch.float32) for _ in range(2))
+        below = torch.empty_like(total) if self.smoothing > 0 else None
+        self.target_logit = x.new_full((rows,), torch.nan, dtype=torch.float32)  # stays so for a target out of range
+        launch.run(
+            exponentials_kernel,
+            triton.cdiv(rows, tile["BLOCK_M"]) * tiles,
+            x,
+            linear_weight,
+            bias,
+            h,
+            lora_B,
+            target,
+            weight,
+            limit,
+            self.kept,
+            self.tile_maximum,
+            total,
+            below,
+            self.target_logit,
+            rows,
+            self.classes,
+            x.shape[1],
+            0 if h is None else h.shape[1],
+            *linear_weight.stride(),
+            *((0, 0) if lora_B is None else lora_B.stride()),
+            float(logit_scale),
+            float(scaling * logit_scale),
+            float(self.softcap or 1.0),
+            SMOOTHING=self.smoothing > 0,
+            SOFTCAP=self.softcap is not None,
+            BLOCK_R=16 if h is None else min(64, max(16, triton.next_power_of_2(h.shape[1]))),
+            **tile,
+        )
+        self.maximum = self.tile_maximum.amax(0)
+        shift = self.maximum.where(self.maximum != -torch.inf, 0)
+        self.total = (total * torch.exp(self.tile_maximum - shift)).sum(0, dtype=torch.float64)
+        self.lse = self.maximum.double() + self.total.log()
+        in_range = (target >= 0) & (target < self.classes)
+        self.target_weight = 1.0 if weight is None else weight[target.where(in_range, 0)].double()
+        # the two terms of lse are kept apart: lse - target_logit keeps its digits under a large maximum
+        loss = self.target_weight * ((self.maximum.double() - self.target_logit) + self.total.log())
+        self.weights = self.classes
+        if self.smoothing > 0:
+            of_classes = x.new_ones(self.classes, dtype=torch.float32) if weight is None else weight
+            missing = tiles * self.tile_columns - self.classes
+            of_tiles = torch.nn.functional.pad(of_classes, (0, missing)).view(tiles, -1).sum(1, dtype=torch.float64)
+            self.weights = of_tiles.sum()
+            lower = torch.where(of_tiles[:, None] == 0, 0, of_tiles[:, None] * (self.tile_maximum - shift))
+            below = (below + lower).sum(0)
+            smooth = self.smoothing / self.classes * (self.weights * self.total.log() - below)
+            loss = (1 - self.smoothing) * loss + smooth
+        self.ignored = target == self.ignore_index
+        self.loss, self.lse = (t.masked_fill(self.ignored, 0) for t in (loss, self.lse))
+
+    def logits_gradient(self, upstream, dtype):
+        """(rows, classes) for upstream (rows, 2), in `dtype`; without softcap in the place of the exponentials."""
+        hard = upstream[:, 0] * (1 - self.smoothing) * self.target_weight
+        soft = upstream[:, 0] * (self.smoothing / self.classes)
+        square = 2 * upstream[:, 1] * self.lse + 0 * self.target_logit  # NaN for a target out of range
+        p = torch.exp(self.target_logit - self.maximum).double() / self.total
+        d_target = hard * (p - 1) + square * p + soft * (self.weights * p - self.target_weight)
+        factor = (hard + soft * self.weights + square) / self.total
+        d = self.kept if self.softcap is None else torch.empty_like(self.kept, dtype=dtype)
+        tile = launch.tile(logits_gradient_kernel, d.device, self.classes)
+        launch.run(
+            logits_gradient_kernel,
+            len(d) * triton.cdiv(self.classes, tile["BLOCK"]),
+            self.kept,
+            d,
+            self.target,
+            self.weight,
+            self.tile_maximum,
+            self.maximum,
+            factor.float(),
+            soft.float(),
+            d_target.float(),
+            *d.shape,
+            self.tile_columns,
+            self.ignore_index,
+            float(self.softcap or 1.0),
+            SMOOTHING=self.smoothing > 0,
+            SOFTCAP=self.softcap is not None,
+            **tile,
+        )
+        return d
 
 
 @launch.launcher
@@ -35,23 +282,21 @@ def linear_cross_entropy(
     order = torch.argsort(ignored.to(torch.int8), stable=True)
     counted = rows - ignored.sum()
     bias = None if linear_bias is None else linear_bias.float() * logit_scale
-    chunk_rows = max(16, logits_bytes // (4 * classes))
+    options = (ignore_index, label_smoothing, softcap)
+    chunk_rows = max(16, logits_bytes // ((4 if softcap is not None else input.element_size()) * classes))
     for begin in range(0, rows, chunk_rows):
         at = order[begin : begin + chunk_rows]
         limit = (counted - begin).clamp(0)
         x = torch.where(ignored[at, None], 0, input[at])  # what ignored rows hold must not reach a gradient
-        adapter = None
-        if lora_A is not None:
-            h = matmul(x, lora_A.T, torch.float32)
-            adapter = (h, lora_B.T, scaling * logit_scale)
-        logits = matmul(x, linear_weight.T, torch.float32, bias=bias, adapter=adapter, alpha=logit_scale, limit=limit)
-        d = None if upstream is None else input.new_empty(logits.shape)
-        chunk_loss, chunk_lse = row_losses(
-            logits, target[at], weight, None if d is None else upstream[at], d, ignore_index, label_smoothing, softcap
-        )
-        loss[at], lse[at] = chunk_loss, chunk_lse
-        if d is None:
+        h = None if lora_A is None else matmul(x, lora_A.T, torch.float32)
+        chunk = _Chunk(
+            x, linear_weight, bias, h, lora_B, target[at], weight, limit, scaling, logit_scale, options,
+            upstream is not None,
+        )  # fmt: skip
+        loss[at], lse[at] = chunk.loss, chunk.lse
+        if upstream is None:
             continue
+        d = chunk.logits_gradient(upstream[at], x.dtype)
         if need_weight:
             matmul(d.T, x, torch.float32, out=dweight, add=dweight, alpha=logit_scale)
         if need_bias:

@@ -32,6 +32,17 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         "interpreter": [(None, {"BLOCK": 512})],
         "default": [(4096, {"BLOCK": 1024, "num_warps": 4}), (None, {"BLOCK": 4096, "num_warps": 8})],  # guess
     },
+    # classes
+    "exponentials_kernel": {
+        "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64})],
+        "default": [  # guess
+            (None, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}),
+        ],
+    },
+    "logits_gradient_kernel": {
+        "interpreter": [(None, {"BLOCK": 512})],
+        "default": [(None, {"BLOCK": 2048, "num_warps": 4})],  # guess
+    },
     # columns; a program holds whole rows
     "norm_kernel": {
         "interpreter": [(None, {"ROWS": 16})],
@@ -70,7 +81,7 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
     "attention_kernel": {
         "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 32})],
         "default": [  # guess
-            (64, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}),
+            (64, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}),
             (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}),
             (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
         ],

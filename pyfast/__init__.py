@@ -4,6 +4,7 @@ import importlib
 
 from pyfast import ops
 from pyfast.dispatch import use_backend
+from pyfast.ops.checks import checks
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,7 @@ _LAZY = {
     "finetune": "pyfast.train",
 }
 
-__all__ = ["__version__", "ops", "use_backend", *_LAZY]
+__all__ = ["__version__", "checks", "ops", "use_backend", *_LAZY]
 
 
 def __getattr__(name: str):

@@ -262,6 +262,26 @@ def test_varlen_error_rule(kernel, dtype, case):
     check(attention_varlen, args, options, *kernel)
 
 
+def test_varlen_rows_of_no_sequence(kernel, dtype):
+    """They give zeros and zero gradients and reach no other row, even where they hold NaN."""
+    (q, k, v, *_), _ = varlen_inputs("plain", dtype)
+    used_q, used_k = len(q) - 5, len(k) - 70
+    cu_q, cu_k = torch.tensor([0, 3, used_q]), torch.tensor([0, 9, used_k])
+
+    def op(q, k, v):
+        return attention_varlen(q, k, v, cu_q, cu_k, len(q), len(k), causal=True)
+
+    alone = [x.detach()[:n].clone().requires_grad_() for x, n in ((q, used_q), (k, used_k), (v, used_k))]
+    with torch.no_grad():
+        for x, n in ((q, used_q), (k, used_k), (v, used_k)):
+            x[n:] = torch.nan
+    outputs, gradients, cotangents = run(op, [q, k, v], None, *kernel)
+    used = run(op, alone, None, *kernel, cotangents=[cotangents[0][:used_q]])
+    for whole, part in zip(outputs + gradients, used[0] + used[1], strict=True):
+        assert torch.equal(whole[: len(part)], part)
+        assert (whole[len(part) :] == 0).all()
+
+
 def test_one_key(kernel, dtype):
     """The probability is 1 whatever the score: the value comes out as it is, and q and k get no gradient."""
     (q, k, v), _ = inputs(((2, 4, 2, 19, 1, 16), {}), dtype)

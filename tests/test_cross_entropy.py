@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import pyfast
 from pyfast.ops import cross_entropy
+from pyfast.ops.checks import values_known
 
 OPTIONS = {
     "plain": {},
@@ -269,3 +270,14 @@ def test_second_derivative_and_vmap_raise():
 def test_bad_input(change, error, words):
     with pytest.raises(error, match=words):
         cross_entropy(**{"input": torch.randn(4, 5), "target": torch.tensor([0, 1, -100, 4]), **change})
+
+
+def test_checks_look_at_values_on_any_device():
+    """The kernels' own answer on a GPU is tested in tests/gpu."""
+    on_cpu, elsewhere = torch.empty(1), torch.empty(1, device="meta")
+    assert values_known(on_cpu) and not values_known(elsewhere)
+    with pyfast.checks():
+        with pyfast.checks():
+            pass
+        assert values_known(elsewhere)
+    assert not values_known(elsewhere)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from pyfast import dispatch, philox, reference
 from pyfast.ops.autograd import autocast, distinct, first_order
-from pyfast.ops.checks import check_floating, check_number, check_same, check_softcap, describe
+from pyfast.ops.checks import check_floating, check_number, check_same, check_softcap, describe, values_known
 
 
 def attention(
@@ -132,7 +132,7 @@ def attention_varlen(
         scalar = isinstance(length, torch.Tensor) and length.dim() == 0 and not length.is_floating_point()
         if not scalar and (isinstance(length, bool) or not isinstance(length, int | torch.SymInt)):
             raise TypeError(f"{name}: {which} is {length!r}, expected an int")
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_known(q):
         _check_cu_seqlens(name, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
         _check_cu_seqlens(name, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
     backend = dispatch.choose(name, q)

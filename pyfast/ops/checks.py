@@ -1,5 +1,6 @@
 """Argument checks shared by the public ops: one clear sentence that says what was given and what was expected."""
 
+import contextlib
 import math
 import numbers
 
@@ -7,6 +8,29 @@ import torch
 
 #: what some backend serves: fp8, for one, is storage only
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+_on_gpu = False
+
+
+@contextlib.contextmanager
+def checks():
+    """Inside the `with` block, in the whole process, the values of targets and cu_seqlens are checked on GPUs too.
+
+    Outside it nothing waits for the GPU: a target out of range makes its row NaN, and cu_seqlens are cut off at the
+    rows that there are. Inside, each such call waits for the GPU and raises the ValueError that CPU tensors raise.
+    """
+    global _on_gpu
+    before, _on_gpu = _on_gpu, True
+    try:
+        yield
+    finally:
+        _on_gpu = before
+
+
+def values_known(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at this tensor's values: not while compiling, and on a GPU only inside `checks`."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _on_gpu)
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -1,5 +1,5 @@
 """cross_entropy: softmax cross-entropy of logits, with label smoothing (Szegedy et al. 2016), softcap (Gemma 2) and
-z-loss (PaLM). The gradient is made in the forward pass while a row is in cache, as Liger-Kernel does.
+z-loss (PaLM). On CPUs the gradient is made in the forward pass while a row is in cache, as Liger-Kernel does.
 """
 
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from pyfast import dispatch, reference
 from pyfast.ops.autograd import anchor, first_order
-from pyfast.ops.checks import check_floating, check_number, check_softcap, describe
+from pyfast.ops.checks import check_floating, check_number, check_softcap, describe, values_known
 
 
 def cross_entropy(
@@ -30,8 +30,8 @@ def cross_entropy(
     Returns () for reduction "mean" (divided by the sum of the targets' class weights; NaN where no row counts, as in
     torch) and "sum", the shape of target for "none" (0 in ignored rows); fp32, or fp64 for fp64 input.
     Logits of more dimensions need a reshape(-1, V): torch puts the classes in dimension 1 there. Class probabilities as
-    target are not served. Saves the gradient of input (or input itself, for reduction "none" and for fp16, whose range
-    would lose small gradients before a loss scaler's factor reaches them).
+    target are not served. Saves the gradient of input (or input itself, for reduction "none", on GPUs, and for fp16,
+    whose range would lose small gradients before a loss scaler's factor reaches them).
     Raises TypeError for wrong dtypes, ValueError for wrong shapes, devices, values or a target out of range.
     """
     op = "cross_entropy"
@@ -95,7 +95,7 @@ def check_loss(op, input, target, classes, weight, ignore_index, reduction, labe
     check_softcap(op, softcap)
     if not z_loss >= 0:
         raise ValueError(f"{op}: z_loss is {z_loss}, expected a number that is not negative")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():  # compiled, the kernels check
+    if values_known(target):  # else the kernels check
         wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
         if wrong.any():
             raise ValueError(
@@ -175,7 +175,8 @@ class _CrossEntropy(torch.autograd.Function):
         if scalar:
             loss_divisor, row_divisor = divisors(target, weight, ignore_index, reduction)
             upstream = per_row(1 / loss_divisor, z_loss / row_divisor, len(target))
-        ctx.fused = scalar and graph is not None and input.dtype != torch.float16
+        # a gradient made now makes the host ask in backward whether dy is 1: not on GPUs, which it does not wait for
+        ctx.fused = scalar and graph is not None and input.dtype != torch.float16 and backend == "cpu"
         loss, lse, dinput = dispatch.kernels(backend).cross_entropy(
             input, target, weight, upstream if ctx.fused else None, *ctx.options
         )

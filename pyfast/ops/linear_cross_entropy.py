@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from pyfast import dispatch, reference
 from pyfast.ops.autograd import anchor, autocast, distinct, first_order
-from pyfast.ops.checks import check_floating, check_number, describe
+from pyfast.ops.checks import check_floating, check_number, describe, values_known
 from pyfast.ops.cross_entropy import check_loss, check_vector, composite_loss, divisors, per_row, total_loss
 
 #: of a chunk's logits, the memory that the native op needs beyond its results
 LOGITS_BYTES = 48 << 20
-GPU_LOGITS_BYTES = 512 << 20  # a guess until it is measured
+GPU_LOGITS_BYTES = 256 << 20  # of their exponentials, on a GPU; a guess until it is measured
 
 
 def linear_cross_entropy(
@@ -138,7 +138,7 @@ def _check_num_items(op, num_items_in_batch, reduction):
         if num_items_in_batch.dim() != 0:
             given = describe(num_items_in_batch)
             raise ValueError(f"{op}: num_items_in_batch is {given}, expected a number or a tensor of shape ()")
-        if num_items_in_batch.device.type != "cpu" or torch.compiler.is_compiling():
+        if not values_known(num_items_in_batch):
             return  # its value is the device's own
     elif not isinstance(num_items_in_batch, int | float):
         raise TypeError(

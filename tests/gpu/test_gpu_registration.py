@@ -97,3 +97,17 @@ def test_compiled(name, kernel):
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
     eager = run(op, arguments, backend="triton")
     torch.testing.assert_close(run(compiled, arguments, backend="triton")[:2], eager[:2], rtol=0, atol=0)
+
+
+def test_bad_values(kernel):
+    """They raise under `pyfast.checks()`; otherwise a bad target makes its row NaN, and nothing outside is read."""
+    x, target, q = torch.randn(3, 33), torch.tensor([1, 33, 2]), torch.randn(10, 2, 16)
+    cu_seqlens = torch.tensor([0, 4, 1 << 20], dtype=torch.int32)
+    with pyfast.use_backend("triton"):
+        assert ops.cross_entropy(x, target, reduction="none").isnan().tolist() == [False, True, False]
+        assert ops.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, 6, 6).isfinite().all()
+        with pyfast.checks():
+            with pytest.raises(ValueError, match="target has 1 values out of range, the first 33"):
+                ops.cross_entropy(x, target)
+            with pytest.raises(ValueError, match="cu_seqlens_q ends at 1048576"):
+                ops.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, 6, 6)

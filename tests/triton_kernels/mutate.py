@@ -97,6 +97,19 @@ MUTATIONS = [
              "input[at]", "ignored_rows"),
     Mutation("the bias unscaled", "linear_cross_entropy", "linear_bias.float() * logit_scale", "linear_bias.float()",
              f"{RULE} and all"),
+    Mutation("another tile's maximum", "linear_cross_entropy", "(column // tile_columns)", "(0 * column)", RULE),
+    Mutation("the target's logit", "linear_cross_entropy", "column == target, logits, 0", "column == row, logits, 0",
+             RULE),
+    Mutation("no target in the gradient", "linear_cross_entropy",
+             "tl.where(column == target, tl.load(D_TARGET + row), d)", "d", RULE),
+    Mutation("smoothing of another tile", "linear_cross_entropy", "(self.tile_maximum - shift))", "0)",
+             f"{RULE} and all"),
+    Mutation("softcap's slope in the head", "linear_cross_entropy", "(1 + kept / softcap)", "(1 - kept / softcap)",
+             f"{RULE} and all"),
+    Mutation("a class too many in the head", "linear_cross_entropy", "    inside = column < classes\n\n",
+             "    inside = column <= classes\n\n", RULE),
+    Mutation("the head's stride", "linear_cross_entropy", "down * lora_stride_r", "down * lora_stride_n",
+             f"{RULE} and all"),
 ]  # fmt: skip
 
 

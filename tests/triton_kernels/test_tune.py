@@ -98,7 +98,7 @@ def test_a_measurement(kernel, monkeypatch):
         return 0.5
 
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
-    monkeypatch.setitem(launches.CASES, "gated_kernel", launches.Case(40, {"": call}))
+    monkeypatch.setitem(launches.CASES, "gated_kernel", launches.Case(40, {"": call}, None))
     table, run = TILES["gated_kernel"]["interpreter"], launch.run
     measure, tile = tune.Gpu("gated_kernel", torch.device("cpu")), {"ROWS": 2, "BLOCK": 16}
     assert measure(40, None) == measure(40, tile) == 0.5
