@@ -1,21 +1,21 @@
 """Times PyFast's kernels beside their peers on this machine, and prints a table.
 
-    python -m benchmarks [op ...] [--save benchmarks/results]        or: pyfast bench [op ...]
+    python -m benchmarks [op ...] [--skip compile] [--save benchmarks/results]        or: pyfast bench [op ...]
 
-An op is the name of a file bench_<op>.py. Results carry machine, versions and commit.
+An op is the name of a file bench_<op>.py. Results carry machine, versions and commit. Saved ops replace their own
+results only; the charts are drawn from all that are there.
 """
 
 import argparse
 import importlib
 import json
-import re
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import harness, machine, roofline
+from . import charts, harness, machine, roofline
 
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
@@ -26,11 +26,18 @@ COLUMNS = (
     "ms",
     "min_ms",
     "max_ms",
-    "pyfast_speedup",
+    "peak_mb",
     "tflops",
     "of_gemm",
     "gb_per_s",
     "of_copy",
+    "pyfast_speedup",
+)
+LEGEND = (
+    "`pyfast_speedup` is the variant's time over PyFast's: above 1, PyFast wins; rows in which it loses are marked ◀."
+    " Rows in italics are floors: clone() of the same bytes on huge pages, or the bare matrix products, so that their"
+    " speed-up is the share of that rate which PyFast reaches. ms is the median; `peak_mb` what a call holds at most"
+    " beyond its inputs; `of_gemm` and `of_copy` are shares of the limits above."
 )
 
 
@@ -38,68 +45,87 @@ def bench(name: str):
     return importlib.import_module(f".bench_{name}", __package__)
 
 
-def machine_folder() -> str:
-    """A folder name for this machine's results."""
-    found = machine.machine()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{found['cpu']} {found['cores']} cores {found['isa']}".lower()).strip("-")
-    return name
-
-
-def run(names: list[str]) -> dict:
-    """Measures the limits of the machine, then every case of every named benchmark."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True) as progress:
-        task = progress.add_task("limits of this machine")
+def run(names: list[str], skip: list[str], only: str = "") -> dict[str, dict]:
+    """Measures the limits of the machine, then every named benchmark's cases. The results by name."""
+    count = {name: sum(only in case.label for case in bench(name).cases()) for name in names}
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("limits of this machine", total=sum(count.values()), completed=0)
         limits = roofline.measure()
-        rows = []
+        head = {"roofline": limits, "machine": machine.machine(), "versions": machine.versions()}
+        results = {}
         for name in names:
-            cases = bench(name).cases()
-            rows += harness.measure(cases, limits, lambda text: progress.update(task, description=text))
-    return {"rows": rows, "roofline": limits, "machine": machine.machine(), "versions": machine.versions()}
+            chosen = (case.without(skip) for case in bench(name).cases() if only in case.label)
+            rows = []
+            for case in chosen:
+                progress.update(task, description=f"{case.op} {case.label}")
+                rows += harness.measure([case], limits)
+                progress.advance(task)
+            results[name] = head | {"rows": rows}
+    return results
 
 
 def cells(row: dict) -> list[str]:
-    return ["" if row.get(column) is None else str(row[column]) for column in COLUMNS]
+    found = ["" if row.get(column) is None else str(row[column]) for column in COLUMNS]
+    if row["loses"]:
+        found[-1] += " ◀"
+    return found
 
 
-def markdown(result: dict) -> str:
+def markdown(name: str, result: dict) -> str:
     def line(words):
         return "| " + " | ".join(words) + " |"
 
-    head = [f"Limits measured in the same run: {result['roofline']}. Machine: {result['machine']}.", ""]
-    head += [
-        f"Versions: {result['versions']}. `pyfast_speedup` is the variant's time over PyFast's: above 1, PyFast wins.",
-        "",
-    ]
-    table = [line(COLUMNS), line(["---"] * len(COLUMNS)), *(line(cells(row)) for row in result["rows"])]
+    def facts(found: dict) -> str:
+        return ", ".join(f"{key} {value}" for key, value in found.items())
+
+    rows = [[f"*{cell}*" if cell and row["floor"] else cell for cell in cells(row)] for row in result["rows"]]
+    head = [f"# {name}", ""]
+    head += [f"{facts(result['machine'])}; {facts(result['versions'])}. Limits in the same run: ", ""]
+    head[-2] += f"{facts(result['roofline'])}. {LEGEND}"
+    table = [line(COLUMNS), line(["---"] * 3 + ["--:"] * (len(COLUMNS) - 3)), *map(line, rows)]
     return "\n".join(head + table) + "\n"
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(*COLUMNS, box=None)
+    for row in rows:
+        table.add_row(*cells(row), style="red" if row["loses"] else "dim" if row["floor"] else None)
+    console = Console()
+    console.width = max(console.width, 190)
+    console.print(table)
+
+
+def save(results: dict[str, dict], folder: Path) -> None:
+    """<name>.json and <name>.md for each result, and the charts of all that the folder holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, result in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        (folder / f"{name}.md").write_text(markdown(name, result))
+    drawn = charts.draw(folder, [path for name in NAMES if (path := folder / f"{name}.json").exists()])
+    print(f"saved in {folder}: {', '.join([*results, *drawn])}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="pyfast bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="op", help=f"of {', '.join(NAMES)}; all without any")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write JSON and Markdown to FOLDER/<machine>/")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="VARIANT", help="peers to leave out, such as compile")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their label, such as bf16")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write tables and charts to FOLDER/<machine>/")
     options = parser.parse_args(argv)
     for name in options.names:
         if name not in NAMES:
             parser.error(f"there is no benchmark {name!r}: choose from {', '.join(NAMES)}")
-    names = options.names or NAMES
-    result = run(names)
-    table = Table(*COLUMNS, box=None)
-    for row in result["rows"]:
-        table.add_row(*cells(row))
-    console = Console()
-    console.width = max(console.width, 170)
-    console.print(table)
-    print(json.dumps(result["roofline"]))
+    if options.only and options.save:
+        parser.error("--save writes an op's whole table: leave --only out")
+    results = run(options.names or NAMES, options.skip, options.only)
+    rows = [row for result in results.values() for row in result["rows"]]
+    if not rows:
+        parser.error(f"--only {options.only}: no case has this in its label")
+    show(rows)
+    print(json.dumps(next(iter(results.values()))["roofline"]))
     if options.save:
-        folder = options.save / machine_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            module_ops = {case.op for case in bench(name).cases()}
-            part = result | {"rows": [row for row in result["rows"] if row["op"] in module_ops]}
-            (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n")
-            (folder / f"{name}.md").write_text(f"# {name}\n\n{markdown(part)}")
-        print(f"saved in {folder}")
+        save(results, options.save / machine.folder_name())
 
 
 if __name__ == "__main__":

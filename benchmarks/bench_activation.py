@@ -1,34 +1,53 @@
 """swiglu, geglu, gelu_bias: bytes are one read of each input and one write of each result, forward and backward."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from pyfast import ops
 
-from .harness import Case
+from .harness import DTYPES, Case, compiled
+from .roofline import clones
 
-SHAPES = ((64, 768), (2048, 2048), (4096, 8192))
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = ((64, 768), (2048, 2048), (8192, 4096))
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def geglu(gate, up):
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def gelu_bias(x, bias):
+    return F.gelu(x + bias)
+
+
+#: op, PyFast's function, torch's, whether the second input is a bias, tensors of x's size moved forward and backward
+OPS = (
+    ("swiglu", ops.swiglu, swiglu, False, 8),
+    ("geglu", partial(ops.geglu, approximate="tanh"), geglu, False, 8),
+    ("gelu_bias", ops.gelu_bias, gelu_bias, True, 5),
+)
 
 
 def cases():
     for name, dtype in DTYPES.items():
         for shape in SHAPES:
-            size = torch.Size(shape).numel() * dtype.itemsize
+            for op, ours, torchs, bias, moved in OPS:
 
-            def pair(shape=shape, dtype=dtype):
-                return tuple(torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+                def inputs(shape=shape, dtype=dtype, bias=bias):
+                    shapes = (shape, shape[1:] if bias else shape)
+                    return tuple(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
 
-            def with_bias(shape=shape, dtype=dtype):
-                return torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape[1]).to(dtype).requires_grad_()
-
-            label = f"{name} {shape[0]} × {shape[1]}"
-            gated = {"inputs": pair, "bytes": 8 * size}
-            yield Case("swiglu", label, variants={"pyfast": ops.swiglu, "torch": lambda g, u: F.silu(g) * u}, **gated)
-            geglu = {
-                "pyfast": lambda g, u: ops.geglu(g, u, "tanh"),
-                "torch": lambda g, u: F.gelu(g, approximate="tanh") * u,
-            }
-            yield Case("geglu", label, variants=geglu, **gated)
-            biased = {"pyfast": ops.gelu_bias, "torch": lambda x, b: F.gelu(x + b)}
-            yield Case("gelu_bias", label, with_bias, biased, bytes=5 * size)
+                yield Case(
+                    op,
+                    f"{name} {shape[0]} × {shape[1]}",
+                    inputs,
+                    {"pyfast": ours, "torch": torchs, "compile": compiled(torchs)},
+                    dtype,
+                    {"clone": lambda x, _, moved=moved: clones(moved / 2, x)},
+                    bytes=moved * torch.Size(shape).numel() * dtype.itemsize,
+                )

@@ -1,24 +1,68 @@
-"""linear_cross_entropy with a frozen head: FLOPs are the two products of the supervised rows, logits and dx."""
+"""linear_cross_entropy with a frozen head: FLOPs are the two products of the supervised rows, logits and dx.
+
+Bytes: x read, dx written, the weight read forward and backward.
+"""
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pyfast import ops
 
-from .bench_activation import DTYPES
-from .harness import Case
+from .harness import DTYPES, Case, compiled
 
 #: (rows, hidden, vocabulary, share of rows ignored)
 SHAPES = ((64, 256, 1000, 0.0), (2048, 768, 32000, 0.0), (2048, 2048, 128256, 0.5))
+#: along the vocabulary, in bf16
+SWEEP = tuple((512, 768, vocabulary, 0.0) for vocabulary in (4000, 8000, 16000, 32000, 64000, 128000))
+CHUNK = 256  # rows
 
 
 def eager(x, weight, target):
     return F.cross_entropy((x @ weight.T).float(), target)
 
 
+def chunked(x, weight, target):
+    """Eager in chunks of rows, each chunk's logits made again in backward so that none are held."""
+
+    def loss(x, target):
+        return F.cross_entropy((x @ weight.T).float(), target, reduction="sum")
+
+    parts = zip(x.split(CHUNK), target.split(CHUNK), strict=True)
+    return sum(checkpoint(loss, *part, use_reentrant=False) for part in parts) / (target != -100).sum()
+
+
+def peers() -> dict:
+    """Those that this environment has; cut-cross-entropy (the extra `peers`) cannot be imported without triton."""
+    found = {"eager": eager, "compile": compiled(eager), f"eager, chunks of {CHUNK} rows": chunked}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["F.linear_cross_entropy, chunked"] = lambda x, w, t: F.linear_cross_entropy(x, w, t, options=options)
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        return found
+    return found | {
+        "cut-cross-entropy torch_compile": lambda x, w, t: linear_cross_entropy(x, w, t, impl="torch_compile")
+    }
+
+
+def gemms():
+    """The two products of the supervised rows, the logits' memory reused."""
+    buffer = []
+
+    def products(x, weight, target):
+        rows = x[target != -100]
+        if not buffer:
+            buffer.append(x.new_empty(len(rows), len(weight)))
+        torch.mm(torch.mm(rows, weight.T, out=buffer[0]), weight)
+
+    return products
+
+
 def cases():
     for name, dtype in DTYPES.items():
-        for rows, hidden, vocabulary, ignored in SHAPES:
+        for rows, hidden, vocabulary, ignored in SHAPES + (SWEEP if name == "bf16" else ()):
             if dtype == torch.float32 and vocabulary > 100_000:
                 continue  # minutes in fp32
 
@@ -28,9 +72,16 @@ def cases():
                 weight = (torch.randn(vocabulary, hidden) * hidden**-0.5).to(dtype)
                 return torch.randn(rows, hidden).to(dtype).requires_grad_(), weight, target
 
-            variants = {"pyfast": ops.linear_cross_entropy, "eager": eager}
-            if hasattr(F, "linear_cross_entropy"):
-                variants["F.linear_cross_entropy"] = F.linear_cross_entropy
-            flops = 2 * 2 * rows * (1 - ignored) * hidden * vocabulary
-            label = f"{name} {rows} rows, {hidden} → {vocabulary}, {ignored:.0%} ignored"
-            yield Case("linear_cross_entropy", label, inputs, variants, flops=flops)
+            supervised = round(rows * (1 - ignored))
+            yield Case(
+                "linear_cross_entropy",
+                f"{name} {rows} rows, {hidden} → {vocabulary}, {ignored:.0%} ignored",
+                inputs,
+                {"pyfast": ops.linear_cross_entropy} | peers(),
+                dtype,
+                {"two GEMMs": gemms()},
+                flops=2 * 2 * supervised * hidden * vocabulary,
+                bytes=(2 * rows * hidden + 2 * hidden * vocabulary) * dtype.itemsize,
+                axis="vocabulary" if rows == 512 else None,
+                x=vocabulary,
+            )

@@ -5,9 +5,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pyfast import ops
 
-from .bench_activation import DTYPES
-from .harness import Case
+from .harness import DTYPES, Case, compiled
+from .roofline import clones
 
+#: (batch, heads, key/value heads, length, width)
 SHAPES = ((1, 12, 4, 64, 64), (4, 12, 4, 512, 64), (1, 32, 8, 8192, 128))
 
 
@@ -20,7 +21,12 @@ def cases():
                 angle = torch.randn(1, length, width // 2).repeat(1, 1, 2)
                 return q.requires_grad_(), k.requires_grad_(), angle.cos().to(dtype), angle.sin().to(dtype)
 
-            size = batch * (heads + kv_heads) * length * width * dtype.itemsize
-            label = f"{name} B{batch} H{heads}/{kv_heads} S{length} D{width}"
-            variants = {"pyfast": ops.rope, "transformers": apply_rotary_pos_emb}
-            yield Case("rope", label, inputs, variants, bytes=4 * size)
+            yield Case(
+                "rope",
+                f"{name} B{batch} H{heads}/{kv_heads} S{length} D{width}",
+                inputs,
+                {"pyfast": ops.rope, "transformers": apply_rotary_pos_emb, "compile": compiled(apply_rotary_pos_emb)},
+                dtype,
+                {"clone": lambda q, k, *_: clones(2, q, k)},
+                bytes=4 * batch * (heads + kv_heads) * length * width * dtype.itemsize,
+            )

@@ -1,9 +1,12 @@
 """What a result must carry: the machine, the versions, the commit; and how busy others kept the CPU meanwhile."""
 
+import ctypes
 import os
 import platform
+import re
 import subprocess
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +27,39 @@ def machine() -> dict:
 
     isa = torch.ops.pyfast_cpu.get_isa() if dispatch.unavailable("cpu") is None else "none"
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "isa": isa, "threads": torch.get_num_threads()}
+
+
+def folder_name() -> str:
+    """A folder name for this machine's results, such as xeon-amx-4-cores."""
+    found = machine()
+    name = re.sub(r"\((r|tm)\)|\b(intel|amd|cpu|processor)\b|@.*", " ", found["cpu"].lower())
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {found['isa']} {found['cores']} cores").strip("-")
+
+
+def data_folder() -> Path | None:
+    """The real data sets: PYFAST_DATA, else ../shared/data beside the repository; None where there are none."""
+    folder = Path(os.environ.get("PYFAST_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
+    return folder if folder.is_dir() else None
+
+
+def resident_mb(field: str = "VmRSS") -> float:
+    """Resident memory of this process (VmRSS), or its peak since `forget_peak` (VmHWM), in MB of 2^20 bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """The peak starts anew at what is resident now, once free memory was given back."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(function: Callable) -> float:
+    """The most memory that a call holds beyond what is resident before it, its results included."""
+    forget_peak()
+    before = resident_mb()
+    function()
+    return max(0.0, resident_mb("VmHWM") - before)
 
 
 def versions() -> dict:
