@@ -23,10 +23,18 @@ class Tokens:
     """The tokens of one batch; made anew for each step.
 
     real: (B, S) bool, False at padding. read: (B, S) bool, the positions whose result the head reads.
+    packed: the boundaries of packed sequences, where the caller gave them.
     """
 
-    def __init__(self, real: torch.Tensor, read: torch.Tensor, layers: list[nn.Module], causal: bool):
-        self.real, self.read, self.causal = real, read, causal
+    def __init__(
+        self,
+        real: torch.Tensor,
+        read: torch.Tensor,
+        packed: attention.Packed | None,
+        layers: list[nn.Module],
+        causal: bool,
+    ):
+        self.real, self.read, self.packed, self.causal = real, read, packed, causal
         self.first, self.last = layers[0], layers[-1]
         self.chosen = False
         """whether the layers compute on less than all of (B, S); known after `enter`"""
@@ -39,8 +47,9 @@ class Tokens:
         """
         if isinstance(mask, torch.Tensor) and mask.dim() != 2:  # a pattern that ranges of tokens cannot say
             return x
-        if isinstance(mask, attention.Packed):
-            bounds, longest = mask
+        packed = mask if isinstance(mask, attention.Packed) else self.packed
+        if packed is not None:
+            bounds, longest = packed
         else:
             lengths = self.real.sum(-1, dtype=torch.int32)
             bounds, longest = _pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), int(lengths.max())
@@ -100,7 +109,7 @@ def tokens(model: nn.Module, family: Family, kwargs: dict[str, Any], read: torch
     config, mask = model.config, kwargs.get("attention_mask")
     if torch.compiler.is_compiling() or read.device.type != "cpu":
         return None
-    if any(kwargs.get(name) is not None for name in ("past_key_values", "encoder_hidden_states", "cu_seq_lens_q")):
+    if any(kwargs.get(name) is not None for name in ("past_key_values", "encoder_hidden_states")):
         return None
     kept = ("output_attentions", "output_hidden_states", *(("use_cache",) if family.causal_lm else ()))
     if any(getattr(config, name, False) if kwargs.get(name) is None else kwargs[name] for name in kept):
@@ -120,7 +129,14 @@ def tokens(model: nn.Module, family: Family, kwargs: dict[str, Any], read: torch
     pieces = real[:, 0] + (real[:, 1:] & ~real[:, :-1]).sum(-1)
     if bool((read & ~real).any()) or bool((pieces > 1).any()):
         return None
-    return Tokens(real, read, layers, causal)
+    packed = None
+    if kwargs.get("cu_seq_lens_q") is not None:
+        bounds = kwargs["cu_seq_lens_q"]
+        ranges = bounds[0] == 0 and bounds[-1] == read.numel() and bool((bounds.diff() >= 0).all())
+        if mask is not None or not ranges or not torch.equal(bounds, kwargs["cu_seq_lens_k"]):
+            return None
+        packed = attention.Packed(bounds, kwargs["max_length_q"])
+    return Tokens(real, read, packed, layers, causal)
 
 
 def _follows(module, family):

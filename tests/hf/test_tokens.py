@@ -1,5 +1,7 @@
 """Tokens: what the layers leave out, that it changes nothing, and when nothing may be left out."""
 
+import contextlib
+
 import pytest
 import torch
 from hf.tiny import CAUSAL, PAD, VOCAB, assert_same_step, assert_steps_agree, batch, step, stock
@@ -74,8 +76,9 @@ def test_every_token_with_a_label_is_computed(calls):
     assert calls == []
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("case", ["llama", "mistral", "gpt2", "cohere"])
-def test_prompts_masked_in_packed_rows(case, calls):
+def test_prompts_masked_in_packed_rows(case, given, calls):
     """Labels begin anywhere in a sequence, one sequence has none, and a gap lies within another."""
     lengths, prompts = [7, 5, 3, 8], [4, 5, 1, 2]
     inputs = batch(case, "packed")
@@ -84,8 +87,27 @@ def test_prompts_masked_in_packed_rows(case, calls):
     labels[inputs["position_ids"] < torch.tensor(prompts).repeat_interleave(torch.tensor(lengths))] = -100
     labels[0, -3] = -100
     inputs["labels"] = labels
-    _assert_agrees_with_stock(case, inputs)
+    models = [stock(case), stock(case), stock(case).double()]
+    pyfast.patch(models[0])
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ranges = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 8, "max_length_k": 8}
+    got, own = step(models[0], **inputs, **(ranges if given else {})), step(models[1], **inputs)
+    with InDouble():
+        assert_steps_agree(got, step(models[2], **inputs), own, FP32)
     assert calls == [(23, 23), (4 + 0 + 3 + 7, 23)]
+
+
+@pytest.mark.parametrize("bounds", [[0, 9], [0, 12, 9, 23], [2, 23]])
+def test_boundaries_that_are_none(bounds, calls):
+    """They go to the attention as they are: it says what is wrong, or leaves rows without a sequence at zero."""
+    inputs = batch("llama", "packed")
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    ranges = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 23, "max_length_k": 23}
+    model = _patched("llama")
+    with contextlib.suppress(ValueError):
+        model(**inputs, **ranges)
+    assert calls[0] == (23, 23)
+    assert len(calls) == 1 or calls[1] == (23, 23)
 
 
 def test_no_label_at_all():
