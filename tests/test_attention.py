@@ -80,6 +80,8 @@ CASES = {
         },
     ),
     "few-queries-plain": ((2, 4, 2, 4, 600, 64), {}),
+    "few-queries-odd": ((8, 9, 3, 1, 77, 40), {"dropout_p": 0.2, "seed": 7, "return_lse": True}),
+    "one-query-two-heads": ((8, 8, 4, 1, 133, 40), {"mask": "random", "window_size": (60, 0)}),
     "few-queries-no-key": ((2, 8, 2, 4, 90, 32), {"mask": "none", "return_lse": True}),
     "short": ((3, 4, 4, 17, 33, 32), {"mask": "random"}),
     "short-lowest": ((4, 3, 3, 5, 16, 64), {"dropout_p": 0.2, "seed": 5, "return_lse": True}),

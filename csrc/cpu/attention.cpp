@@ -11,6 +11,7 @@
 
 #include <vector>
 
+#include "cpu/attention_few.h"
 #include "cpu/attention_problem.h"
 #include "cpu/attention_short.h"
 
@@ -164,74 +165,6 @@ struct Forward {
   }
 };
 
-// Sequences of so few queries (generation) are bound by reading K and V: rows are taken one by one, in place, in fp32.
-constexpr int64_t kFewQueries = 4;
-
-template <class T>
-struct ForwardRow {
-  const Problem& a;
-
-  struct Memory {
-    Memory(int64_t keys, int64_t dim) : query(dim), scores(keys), dropout(keys) {}
-    Scratch<float> query, scores, dropout;
-  };
-
-  void task(int64_t n, int64_t h, int64_t i, Memory& m) const {
-    const Sequence s = a.sequence(n);
-    const int64_t hk = h / a.group(), row = s.row + h * a.sq + i;
-    const T* k = (const T*)a.k + s.k_offset + hk * a.k_strides.head;
-    const T* v = (const T*)a.v + s.v_offset + hk * a.v_strides.head;
-    pack_rows((const T*)a.q + s.q_offset + h * a.q_strides.head + i * a.q_strides.row, 0, 1, a.dim, (float*)m.query, 1,
-              a.dim);
-    auto [first, last] = a.keys_of(s, i, i + 1);
-    float maximum = a.sinks ? a.sinks[h] : -kInf;
-    for (int64_t j = first; j < last; ++j) {
-      float x = score(n, h, i, j, dot((const float*)m.query, k + j * a.k_strides.row, a.dim) * a.scale);
-      maximum = maximum > x ? maximum : x;
-      m.scores[j - first] = x;
-    }
-    const float base = maximum == -kInf ? 0.f : maximum;
-    const int64_t count = last - first;
-    fvec sums{};
-    for_lanes(count, [&](int64_t j, int lanes) {
-      fvec p = exp_of<float>(load_any(m.scores + j, lanes, -kInf) - base);
-      sums += p;
-      store_any(m.scores + j, p, lanes);
-    });
-    const float sum = hsum(sums) + (a.sinks ? std::exp(a.sinks[h] - base) : 0.f);
-    a.maximum[row] = maximum;
-    a.log_sum[row] = sum == 0 ? 0.f : std::log(sum);
-    if (a.dropout_p > 0) {
-      Dropout(a.dropout_p, a.seed).fill(uint64_t(row) * a.dropout_keys + first, count, m.dropout);
-      for (int64_t j = 0; j < count; ++j) m.scores[j] *= m.dropout[j];
-    }
-    const float factor = sum == 0 ? 0.f : 1.f / sum;
-    T* out = (T*)a.out + s.out_offset + h * a.out_strides.head + i * a.out_strides.row;
-    for_lanes(a.dim, [&](int64_t d, int lanes) {
-      fvec total{};
-      for (int64_t j0 = first; j0 < last; j0 += 128) {  // sums of sums: fewer roundings
-        fvec part{};
-        for (int64_t j = j0; j < std::min(last, j0 + 128); ++j)
-          part += m.scores[j - first] * load_any(v + j * a.v_strides.row + d, lanes);
-        total += part;
-      }
-      store_any(out + d, total * factor, lanes);
-    });
-  }
-
-  // What finish_scores does, for one score.
-  float score(int64_t n, int64_t h, int64_t i, int64_t j, float x) const {
-    const bool* keys = a.keys(n);
-    if (keys && !keys[j]) return -kInf;
-    if (a.softcap > 0) x = a.softcap * std::tanh(x / a.softcap);
-    if (a.bias) {
-      const int64_t* t = a.bias_strides;
-      PYFAST_DISPATCH(a.bias_dtype, B, x += to_float(((const B*)a.bias)[n * t[0] + h * t[1] + i * t[2] + j * t[3]]))
-    }
-    return x;
-  }
-};
-
 // Zeros rows of a (batch, head, row, D) tensor that no sequence holds.
 template <class T>
 void zero_rows(T* x, const Strides& t, int64_t heads, int64_t first, int64_t last, int64_t dim) {
@@ -241,25 +174,18 @@ void zero_rows(T* x, const Strides& t, int64_t heads, int64_t first, int64_t las
 
 template <class T, class C>
 void forward(const Problem& a) {
-  ShortSequences<T>(a).forward();
+  ShortSequences<T>(a, [](const Sequence& s) { return is_short(s) && !has_few_queries(s); }).forward();
+  few_queries<T>(a);
   const int64_t D = round_up(a.dim, kPad);
   std::vector<int64_t> packed_row(a.batch + 1, 0);
   struct Task {
     int64_t n, h, i0;
   };
-  std::vector<Task> tasks, packs, rows;
-  int64_t longest = 0;
+  std::vector<Task> tasks, packs;
   for (int64_t n = 0; n < a.batch; ++n) {
     Sequence s = a.sequence(n);
-    if (is_short(s)) {
+    if (is_short(s) || has_few_queries(s)) {
       packed_row[n + 1] = packed_row[n];
-      continue;
-    }
-    if (s.sq <= kFewQueries) {
-      packed_row[n + 1] = packed_row[n];
-      longest = std::max(longest, s.sk);
-      for (int64_t h = 0; h < a.heads; ++h)
-        for (int64_t i = 0; i < s.sq; ++i) rows.push_back({n, h, i});
       continue;
     }
     packed_row[n + 1] = packed_row[n] + values_ld(s);
@@ -291,10 +217,6 @@ void forward(const Problem& a) {
   parallel_tasks(
       tasks.size(), [&] { return std::make_unique<typename Forward<T, C>::Memory>(D); },
       [&](int64_t t, auto& m) { kernel.task(tasks[t].n, tasks[t].h, tasks[t].i0, m); });
-  ForwardRow<T> few{a};
-  parallel_tasks(
-      rows.size(), [&] { return std::make_unique<typename ForwardRow<T>::Memory>(longest, a.dim); },
-      [&](int64_t t, auto& m) { few.task(rows[t].n, rows[t].h, rows[t].i0, m); });
   if (a.bounds_q) {
     int64_t end = a.bounds_q[a.batch];
     zero_rows((T*)a.out, a.out_strides, a.heads, end, a.sq, a.dim);
@@ -534,7 +456,7 @@ struct Backward {
 
 template <class T, class C>
 void backward(const Problem& a, int64_t threads) {
-  ShortSequences<T>(a).backward();
+  ShortSequences<T>(a, is_short).backward();
   Backward<T, C> kernel{a};
   const int64_t D = kernel.D;
   // Tasks are key/value heads of a sequence. Where those are too few for the threads, their keys are split, which costs

@@ -187,13 +187,14 @@ struct Short {
   }
 };
 
-// The short ones of a problem's sequences: one task per key/value head of each.
+// The sequences of a problem that `chosen` takes: one task per key/value head of each.
 template <class T>
 struct ShortSequences {
-  explicit ShortSequences(const Problem& a) : kernel{a} {
+  template <class Chosen>
+  ShortSequences(const Problem& a, const Chosen& chosen) : kernel{a} {
     for (int64_t n = 0; n < a.batch; ++n) {
       const Sequence s = a.sequence(n);
-      if (!is_short(s)) continue;
+      if (!chosen(s)) continue;
       found.push_back(n);
       longest_q = std::max(longest_q, s.sq), longest_k = std::max(longest_k, s.sk);
     }

@@ -255,8 +255,11 @@ def _kernel(
         if attn_bias.dtype not in dispatch.KERNEL_DTYPES:
             attn_bias = attn_bias.float()
     options = (max_seqlen_k, scale, softcap or 0.0, left, 0 if causal else right, float(dropout_p))
-    tensors = distinct(q, k, v, sinks, attn_bias, attention_mask, seed, *cu_seqlens)
-    return _Attention.apply(*tensors, options, backend, return_lse)
+    tensors = (q, k, v, sinks, attn_bias, attention_mask, seed, *cu_seqlens)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors[:5]):
+        (out, maximum, log_sum), _ = _forward(*tensors, options, backend)
+        return (out, maximum + log_sum) if return_lse else out
+    return _Attention.apply(*distinct(*tensors), options, backend, return_lse)
 
 
 def _rows_contiguous(x):
@@ -264,16 +267,21 @@ def _rows_contiguous(x):
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
+def _forward(q, k, v, sinks, attn_bias, attention_mask, seed, cu_seqlens_q, cu_seqlens_k, options, backend):
+    """The kernel's (out, maximum, log_sum), and its tensor arguments as backward takes them."""
+    q, k, v = map(_rows_contiguous, (q, k, v))
+    sinks, attention_mask, cu_seqlens_q, cu_seqlens_k = (
+        x if x is None else x.contiguous() for x in (sinks, attention_mask, cu_seqlens_q, cu_seqlens_k)
+    )
+    tensors = (q, k, v, sinks, attention_mask, attn_bias, seed, cu_seqlens_q, cu_seqlens_k)
+    return dispatch.kernels(backend).attention(*tensors, *options), tensors
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, attn_bias, attention_mask, seed, cu_seqlens_q, cu_seqlens_k, *settings):
-        options, backend, return_lse = settings
-        q, k, v = map(_rows_contiguous, (q, k, v))
-        attention_mask, sinks, cu_seqlens_q, cu_seqlens_k = (
-            x if x is None else x.contiguous() for x in (attention_mask, sinks, cu_seqlens_q, cu_seqlens_k)
-        )
-        extra = (sinks, attention_mask, attn_bias, seed, cu_seqlens_q, cu_seqlens_k)
-        out, maximum, log_sum = dispatch.kernels(backend).attention(q, k, v, *extra, *options)
+    def forward(ctx, *arguments):
+        *tensors, options, backend, return_lse = arguments
+        (out, maximum, log_sum), (q, k, v, *extra) = _forward(*tensors, options, backend)
         ctx.save_for_backward(q, k, v, out, maximum, log_sum, *extra)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
