@@ -118,6 +118,7 @@ def build(config: Config, dtype: str, fp32_adapters: bool = True):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(data.minilm(), num_labels=2, **options)
     else:
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments), **options)
+    model.config.use_cache = False  # as Trainer sets it; with a cache, stock takes packed rows for one
     lora = peft.LoraConfig(r=16, target_modules=targets, task_type="SEQ_CLS" if name is None else "CAUSAL_LM")
     model = peft.get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters)
     for name, parameter in model.named_parameters():  # a zero B would hide every error behind it

