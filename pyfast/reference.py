@@ -229,7 +229,8 @@ def _loss(logits, target, weight, ignore_index, reduction, label_smoothing, z_lo
     if reduction == "sum":
         return loss.sum() + z.sum()
     if num_items_in_batch is not None:
-        return (loss.sum() + z.sum()) / num_items_in_batch
+        items = torch.as_tensor(num_items_in_batch, dtype=logits.dtype, device=logits.device)
+        return (loss.sum() + z.sum()) / items.where(counted.any(), 1)
     return loss.sum() / row_weight.sum() + z.sum() / counted.sum()
 
 

@@ -91,6 +91,21 @@ def test_infinite_and_nan(kernel, dtype):
     assert gradient[:4].isfinite().all() and gradient[1, 30:].eq(0).all() and gradient[3, :1050].eq(0).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_masked_class_and_label_smoothing(kernel, dtype, softcap):
+    """Smoothing asks for a masked class too: the loss is infinite, as in torch, unless softcap makes it finite."""
+    logits = torch.randn(3, 1100)
+    logits[1, 30:] = -torch.inf
+    args = [logits.to(dtype).requires_grad_(), torch.tensor([3, 4, 5])]
+    options = {"reduction": "none", "label_smoothing": 0.1, "softcap": softcap}
+    (loss,), (gradient,), _ = run(cross_entropy, args, options, *kernel)
+    (expected,), (expected_gradient,), _ = run(cross_entropy, args, options, "reference")
+    assert loss[1].isinf() == (softcap is None)
+    torch.testing.assert_close(loss, expected)
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_row_counts(kernel, dtype, reduction):
     for rows in (5, 0):

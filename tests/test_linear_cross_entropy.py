@@ -348,7 +348,7 @@ def test_follows_torch(backend, reduction):
             torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 def test_num_items(backend):
     """As in Trainer: the parts of a batch, each divided by the whole's number of items, add up to the whole."""
     (x, head, target), _ = inputs(12, 5, 21, z_loss=0.1)
@@ -361,7 +361,10 @@ def test_num_items(backend):
                 for i in (slice(0, 3), slice(3, 12))
             ]
             torch.testing.assert_close(sum(parts), whole)
-        assert linear_cross_entropy(x, head, target * 0 - 100, num_items_in_batch=items) == 0
+        for n in (items, 0, torch.tensor(0)):
+            nothing = linear_cross_entropy(x, head, target * 0 - 100, z_loss=0.1, num_items_in_batch=n)
+            gradients = torch.autograd.grad(nothing, (x, head))
+            assert nothing == 0 and not any(g.any() for g in gradients)
 
 
 def test_no_features(kernel):

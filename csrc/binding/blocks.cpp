@@ -8,7 +8,7 @@
 #include <map>
 #include <mutex>
 
-#include "common/huge_pages.h"
+#include "binding/binding.h"
 
 namespace pyfast {
 namespace {
@@ -46,6 +46,14 @@ void* map(size_t bytes) {
 
 }  // namespace
 
+void free_kept_blocks() {
+  Kept& all = kept();
+  std::lock_guard lock(all.mutex);
+  for (auto [bytes, block] : all.blocks) munmap(block, bytes);
+  all.blocks.clear();
+  all.bytes = 0;
+}
+
 void* take_block(size_t bytes) {
   bytes = rounded(bytes);
   Kept& all = kept();
@@ -73,6 +81,10 @@ void give_back_block(void* block, size_t bytes) {
   }
   all.blocks.emplace(bytes, block);
   all.bytes += bytes;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("empty_cache", TORCH_BOX(&free_kept_blocks));
 }
 
 }  // namespace pyfast

@@ -11,5 +11,6 @@ constexpr size_t kLargeBytes = size_t(32) << 20;  // glibc's highest threshold f
 
 void* take_block(size_t bytes);  // null where there is no memory
 void give_back_block(void* block, size_t bytes);
+void free_kept_blocks();
 
 }  // namespace pyfast

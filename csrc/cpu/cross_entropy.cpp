@@ -33,7 +33,7 @@ struct Sum {
   }
   double total() const {
     double t = 0.0;
-    for (int i = 0; i < VL; ++i) t += double(sum[i]) + double(error[i]);
+    for (int i = 0; i < VL; ++i) t += std::isinf(sum[i]) ? sum[i] : double(sum[i]) + double(error[i]);
     return t;
   }
 };

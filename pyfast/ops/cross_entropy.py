@@ -96,8 +96,9 @@ def check_loss(op, input, target, classes, weight, ignore_index, reduction, labe
     if not z_loss >= 0:
         raise ValueError(f"{op}: z_loss is {z_loss}, expected a number that is not negative")
     if values_known(target):  # else the kernels check
-        wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-        if wrong.any():
+        low, high = target.where(target != ignore_index, 0).aminmax() if target.numel() else (0, 0)
+        if low < 0 or high >= classes:
+            wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
             raise ValueError(
                 f"{op}: target has {int(wrong.sum())} values out of range, the first {int(target[wrong][0])}:"
                 f" expected 0 to {classes - 1}, or ignore_index {ignore_index}"
@@ -137,7 +138,8 @@ def composite_loss(
     if reduction == "sum":
         return loss("sum") + z.sum()
     if num_items_in_batch is not None:
-        return (loss("sum") + z.sum()) / num_items_in_batch
+        items = torch.as_tensor(num_items_in_batch, dtype=logits.dtype, device=logits.device)
+        return (loss("sum") + z.sum()) / items.where(counted.any(), 1)
     return loss("mean") + z.sum() / counted.sum()
 
 
@@ -149,6 +151,7 @@ def divisors(target, weight, ignore_index, reduction, num_items_in_batch=None):
         return torch.ones_like(rows), torch.ones_like(rows)
     if num_items_in_batch is not None:
         items = torch.as_tensor(num_items_in_batch, dtype=torch.float64, device=target.device)
+        items = items.where(rows > 0, 1)  # without rows the loss is 0, also of 0 items
         return items, items
     if weight is None:
         return rows, rows
@@ -161,7 +164,10 @@ def per_row(loss_gradient: torch.Tensor, square_gradient: torch.Tensor, rows: in
 
 
 def total_loss(loss, lse, z_loss, loss_divisor, row_divisor):
-    return (loss.sum() / loss_divisor + z_loss * lse.square().sum() / row_divisor).float()
+    total = loss.sum() / loss_divisor
+    if z_loss != 0:
+        total = total + z_loss * lse.square().sum() / row_divisor
+    return total.float()
 
 
 class _CrossEntropy(torch.autograd.Function):
