@@ -258,3 +258,16 @@ def test_second_derivative_and_vmap_raise():
             torch.autograd.grad(dx.sum(), x)
         with pytest.raises(RuntimeError, match="vmap"):
             torch.func.vmap(op)(x.detach()[None], other.detach()[None])
+
+
+def test_subnormal_results_are_flushed_in_kernels_only(kernel):
+    """Beyond the smallest normal number a tail is 0, never a subnormal; what PyTorch computes afterwards keeps them."""
+    x = torch.linspace(-15, -12, 4096).requires_grad_()
+    (y,), (gradient,), _ = run(gelu_bias, [x, torch.zeros(4096)], {}, *kernel)
+    tiny = torch.finfo(torch.float32).tiny
+    for values in (y, gradient):
+        assert ((values == 0) | (values.abs() >= tiny)).all() and values[0] == 0 and values[-1] != 0
+    (expected,), (expected_gradient,), _ = run(gelu_bias, [x, torch.zeros(4096)], {}, "reference")
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=32 * tiny)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=32 * tiny)
+    assert (torch.full((4096,), 1e-39) * 0.5 != 0).all()

@@ -44,8 +44,8 @@ def linear_cross_entropy(
     needed none is made. target: (...), int64: 0 <= target < V, or ignore_index; kernels never multiply ignored rows.
     weight, label_smoothing, softcap, z_loss, reduction: as in pyfast.ops.cross_entropy; reduction "none" gives (...).
     num_items_in_batch: with reduction "mean", what loss and z-loss are divided by instead of the batch's own count
-    (gradient accumulation over several batches); a number or a 0-dim tensor. Where no row counts the loss is then 0, and
-    so are its gradients, whatever the number of items.
+    (gradient accumulation over several batches); a number or a 0-dim tensor. Where no row counts the loss and its
+    gradients are then 0, whatever the number of items.
     Returns fp32 (fp64 for fp64 input). Under autocast input is cast to its dtype.
     "mean" and "sum" save the gradients, not input; "none" saves its inputs and computes the logits again in backward.
     Raises TypeError for wrong dtypes, ValueError for wrong shapes, devices, values or a target out of range.
