@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-MADV_PAGEOUT = 21
 PACKAGES = ("torch", "transformers", "peft", "pyfast-kernels")
 
 
@@ -50,15 +49,13 @@ def resident_mb(field: str = "VmRSS") -> float:
 
 
 def forget_peak() -> None:
-    """The peak starts anew at what is resident now, once free memory was given back: malloc's, and what is marked
-    with MADV_FREE (PyFast's kept blocks of large results), which would count as resident until the system needs it."""
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            start, end = (int(address, 16) for address in line.split()[0].split("-"))
-        elif line.startswith("LazyFree:") and not line.endswith(" 0 kB"):
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+    """The peak starts anew at what is resident now, once free memory was given back: malloc's, and what PyFast keeps
+    for its large results."""
+    from pyfast import dispatch
+
+    if dispatch.unavailable("cpu") is None:
+        torch.ops.pyfast_cpu.empty_cache()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,6 +1,8 @@
 """Results of 32 MB and more lie in memory that is kept between calls (csrc/binding/blocks.h)."""
 
+import os
 import threading
+from pathlib import Path
 
 import torch
 
@@ -32,6 +34,17 @@ def test_a_slightly_different_size_shares_the_block():
     y = swiglu(fewer, fewer)
     assert y.data_ptr() == address
     torch.testing.assert_close(y, torch.nn.functional.silu(fewer) * fewer)
+
+
+def test_kept_memory_can_be_freed():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    x = torch.randn(SHAPE)
+    swiglu(x, x)
+    before = resident()
+    torch.ops.pyfast_cpu.empty_cache()
+    assert before - resident() > 24 << 20
 
 
 def test_large_results_keep_the_layout_of_their_input():
