@@ -32,8 +32,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves.
 #: On a GPU torch stands first until the others were run and measured on one, and the CUDA kernels last.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
-    "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "attention": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
+    "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "linear_cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},

@@ -11,12 +11,23 @@ from pyfast import dispatch, doctor, emulator
 from pyfast.ops import cross_entropy, swiglu
 
 x, target = torch.randn(5, 40)[:, :33], torch.tensor([3, 32, 2, 0, -100])
+q, kv = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16)
+seed, cu_q, cu_k = torch.tensor(3), torch.tensor([0, 4, 9]), torch.tensor([0, 7, 12])
+packed_q, packed_kv = torch.randn(9, 4, 16), torch.randn(12, 2, 16)
+batched = (torch.randn(4), torch.rand(1, 12) < 0.7, torch.randn(1, 1, 9, 12), seed, None, None, 0, 0.3, 5.0, 6, 0, 0.2)
+packed = (None, None, None, None, cu_q, cu_k, 7, 0.3, 0.0, -1, 0, 0.0)
+sums, packed_sums = torch.randn(1, 4, 9), torch.randn(4, 9)
 
 #: schema -> arguments of a few calls
 CALLS = {
     "cross_entropy": [
         (x, target, None, None, -100, 0.0, None),
         (x, target, torch.rand(33), torch.rand(5, 2, dtype=torch.float64), -100, 0.1, 2.0),
+    ],
+    "attention": [(q, kv, kv, *batched), (packed_q, packed_kv, packed_kv, *packed)],
+    "attention_backward": [
+        (q, sums, q, kv, kv, q, sums, sums, *batched, True),
+        (packed_q, None, packed_q, packed_kv, packed_kv, packed_q, packed_sums, packed_sums, *packed, False),
     ],
 }
 
@@ -61,6 +72,20 @@ def test_a_kernel_checks_its_arguments():
         call(x, target, torch.rand(32), None, -100, 0.0, None)
     with pytest.raises(RuntimeError, match="upstream has another dtype"):
         call(x, target, None, torch.rand(5, 2), -100, 0.0, None)
+    attend = torch.ops.pyfast_cuda.attention
+    with pytest.raises(RuntimeError, match="D is 300: the CUDA kernels serve 1 to 256"):
+        attend(*[torch.randn(1, 1, 3, 300)] * 3, *[None] * 6, 0, 1.0, 0.0, -1, -1, 0.0)
+    with pytest.raises(RuntimeError, match="cu_seqlens_k has shape"):
+        attend(packed_q, packed_kv, packed_kv, *packed[:5], cu_k[:2], *packed[6:])
+    with pytest.raises(RuntimeError, match="attention_mask has shape"):
+        attend(q, kv, kv, None, batched[1][:, :-1], *batched[2:])
+
+
+@pytest.mark.parametrize("bad", [[0, 4, 13], [0, 9, 4], [3, 2, 1], [-5, 4, 12], [2**40, 0, 12]])
+def test_wrong_cu_seqlens_read_nothing_outside(bad):
+    """On a GPU their values are not checked on the host; under AddressSanitizer a stray read would show."""
+    call = (packed_q, packed_kv, packed_kv, *packed[:4], cu_q, torch.tensor(bad), *packed[6:])
+    torch.ops.pyfast_cuda.attention(*call)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,0 +1,545 @@
+// Softmax attention that never holds its scores (Dao 2023, "FlashAttention-2"), forward and backward.
+//
+// A block of the forward and of the dq pass takes 64 queries of one head, 16 to a warp, and walks over the keys that
+// they may see; one of the dk/dv pass takes 64 keys of one key/value head and walks over the queries, of all its query
+// heads, that may see them. Nothing is added atomically: the same inputs give the same bits.
+//
+// Tiling: D is padded to 64, 128 or 256; inner tiles of 64 rows, or 32 where D is wide, in a ring of two that cp.async
+// fills. Scores, probabilities and their gradients stay in registers, where the result of one product is the operand
+// of the next. fp32 is multiplied by FMA in the same layout, D = 256 in tiles of 32 rows and without a ring.
+// Shared memory, 16-bit: forward (64 + 4 inner) rows of D, 40 to 96 KB; backward (128 + 4 inner), 48 to 128 KB.
+// Bound: tensor cores, 4 D FLOP per pair of query and key forward, and 14 D backward, where 10 D would do with atomics.
+// mma.sync reaches some 60 % of an H100's peak, which is wgmma's: Hopper's forward belongs to cuDNN and flash-attn.
+// Without a GPU these are bounds on paper.
+//
+// Packed sequences (cu_seqlens): tile t belongs to the sequence n for which start(n) <= t < start(n + 1), where
+// start(n) = cu_seqlens[n] / rows of a tile + n. That leaves each sequence enough tiles (a few have no rows) without a
+// count that only the GPU knows. Rows after the last sequence are a sequence of their own that sees nothing.
+#pragma once
+#include <cmath>
+
+#include "common/philox.h"
+#include "cuda/attention.h"
+#include "cuda/tile.cuh"
+
+namespace pyfast::cuda {
+
+// How a kernel for element T and padded width kDim is tiled
+template <class T, int kDim, bool kOverKeys>
+struct Tiling {
+  static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr int kOuter = kWide && kDim == 256 ? 32 : 64;
+  static constexpr int kInner = kDim == 64 || (!kWide && kDim == 128 && kOverKeys) ? 64 : 32;
+  static constexpr int kStages = kWide && kDim == 256 ? 1 : 2;
+  // the dk/dv pass holds two results: of D = 256, half of each in a warp
+  static constexpr int kParts = !kOverKeys && kDim == 256 ? 2 : 1;
+  static constexpr int kWarps = kOuter / 16 * kParts, kThreads = 32 * kWarps;
+  using OuterTile = Tile<T, kOuter, kDim>;
+  using InnerTile = Tile<T, kInner, kDim>;
+  static constexpr int kScratch = kWide ? Tile<T, 16, kInner>::kBytes : 0;  // of a warp
+
+  static constexpr int shared_bytes(int outer_tiles) {
+    return outer_tiles * OuterTile::kBytes + 2 * kStages * InnerTile::kBytes + kWarps * kScratch;
+  }
+};
+
+struct AttentionLaunch {
+  Attention a;
+  int64_t tiles;  // per head and batch
+};
+
+// Where a block works: its tile's first row within the sequence, and the sequence's rows, on this side and the other
+struct Place {
+  int64_t batch, head;
+  int64_t begin, other_begin;
+  int first, length, other_length;
+};
+
+__device__ __forceinline__ int64_t cu_at(const void* cu, bool wide, int64_t n) {
+  return wide ? static_cast<const int64_t*>(cu)[n] : static_cast<const int32_t*>(cu)[n];
+}
+
+// With a causal mask the last tiles of queries see most, and the first tiles of keys are seen most: they start first.
+__device__ __forceinline__ Place locate(const AttentionLaunch& l, int64_t heads, const void* cu, const void* cu_other,
+                                        int64_t rows, int64_t rows_other, int tile_rows, bool last_first) {
+  const int64_t program = blockIdx.x, in_head = program % l.tiles, tile = last_first ? l.tiles - 1 - in_head : in_head;
+  Place p{program / l.tiles / heads, program / l.tiles % heads, 0, 0, 0, int(rows), int(rows_other)};
+  if (!cu) {
+    p.first = int(tile) * tile_rows;
+    return p;
+  }
+  const int64_t sequences = l.a.sequences;
+  const bool wide = l.a.cu_wide;
+  int64_t n = 0, last = sequences;
+  while (n < last) {
+    const int64_t middle = (n + last + 1) / 2;
+    if (cu_at(cu, wide, middle) / tile_rows + middle <= tile)
+      n = middle;
+    else
+      last = middle - 1;
+  }
+  // within the rows that there are, whatever cu_seqlens hold
+  const auto bound = [&](const void* at, int64_t i, int64_t limit) {
+    const int64_t b = i <= sequences ? cu_at(at, wide, i) : limit;
+    return b < 0 ? 0 : b > limit ? limit : b;
+  };
+  p.begin = bound(cu, n, rows), p.length = int(bound(cu, n + 1, rows) - p.begin);
+  p.other_begin = bound(cu_other, n, rows_other);
+  p.other_length = n < sequences ? int(bound(cu_other, n + 1, rows_other) - p.other_begin) : 0;
+  const int64_t first = (tile - (cu_at(cu, wide, n) / tile_rows + n)) * tile_rows;
+  p.first = first < 0 || first > rows ? int(rows) : int(first);
+  return p;
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const Heads& x, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<T*>(const_cast<void*>(x.data)) + batch * x.batch + head * x.head + row * x.row;
+}
+
+// e^x: of a 16-bit result within a few ulp of fp32
+template <class T>
+__device__ __forceinline__ float exponential(float x) {
+  if constexpr (sizeof(T) == 4) return expf(x);
+  return exp2_approx(x * 1.44269504f);
+}
+
+// Called, not inlined at each of a tile's elements: kernels would grow tenfold
+__device__ __noinline__ float called_tanh(float x) { return tanhf(x); }
+struct alignas(16) Words {
+  uint32_t words[4];
+};
+__device__ __noinline__ Words called_philox(uint64_t seed, uint64_t block) {
+  Words w;
+  philox4x32<1>(seed, block, w.words);
+  return w;
+}
+
+// The scores of one head and sequence. kGeneral: with softcap, mask, bias or dropout, which the plain kernels leave
+// out.
+template <bool kGeneral>
+struct Scores {
+  const Attention& a;
+  int queries, keys;
+  const bool* mask = nullptr;
+  const char* bias = nullptr;
+  int64_t row = 0;  // of query 0, among the maxima and for dropout
+
+  __device__ Scores(const Attention& a, int64_t batch, int64_t head, int64_t q_begin, int queries, int keys)
+      : a(a), queries(queries), keys(keys), row((batch * a.heads + head) * a.sq + q_begin) {
+    if (!kGeneral) return;
+    if (a.mask) mask = a.mask + batch * a.sk;
+    if (a.bias)
+      bias = static_cast<const char*>(a.bias) +
+             (batch * a.bias_strides[0] + head * a.bias_strides[1]) * (a.bias_dtype == DType::fp32 ? 4 : 2);
+  }
+
+  __device__ __forceinline__ bool counts(int j) const { return j < keys && (!kGeneral || !mask || mask[j]); }
+  __device__ __forceinline__ bool visible(int i, int j) const {
+    const int offset = j - (i + keys - queries);
+    return i < queries && counts(j) && (a.left < 0 || offset >= -a.left) && (a.right < 0 || offset <= a.right);
+  }
+  // Every query of i0 to i1 - 1 may see every key of j0 to j1 - 1
+  __device__ __forceinline__ bool all_visible(int i0, int i1, int j0, int j1) const {
+    const int shift = keys - queries;
+    return !(kGeneral && mask) && i1 <= queries && j1 <= keys && (a.left < 0 || j0 - (i1 - 1 + shift) >= -a.left) &&
+           (a.right < 0 || j1 - 1 - (i0 + shift) <= a.right);
+  }
+  // The score of a product q k, before masking, and its slope
+  __device__ __forceinline__ float score(float product, int i, int j, float& slope) const {
+    float s = product * a.scale;
+    slope = 1.f;
+    if (!kGeneral) return s;
+    if (a.softcap > 0.f) {
+      const float t = called_tanh(s / a.softcap);
+      s = a.softcap * t;
+      slope = (1.f - t) * (1.f + t);
+    }
+    if (bias && i < queries && j < keys) {
+      const int64_t at = i * a.bias_strides[2] + j * a.bias_strides[3];
+      s += a.bias_dtype == DType::fp32   ? reinterpret_cast<const float*>(bias)[at]
+           : a.bias_dtype == DType::bf16 ? to_float(reinterpret_cast<const bf16*>(bias)[at])
+                                         : to_float(reinterpret_cast<const fp16*>(bias)[at]);
+    }
+    return s;
+  }
+  __device__ __forceinline__ uint64_t dropout_index(int i, int j) const { return (row + i) * a.dropout_keys + j; }
+};
+
+// dropout's factors, 0 or 1 / (1 - p)
+struct Factors {
+  uint64_t seed, block = ~0ull;
+  uint32_t threshold;
+  float scale;
+  Words drawn;  // those of `block`
+
+  __device__ explicit Factors(const Attention& a)
+      : seed(a.seed ? uint64_t(*a.seed) : 0),
+        threshold(uint32_t(a.dropout_p * 4294967296.0)),
+        scale(float(1.0 / (1.0 - a.dropout_p))) {}
+
+  __device__ __forceinline__ float factor(const Words& w, int i) const {
+    const uint32_t word = i < 2 ? (i ? w.words[1] : w.words[0]) : i == 2 ? w.words[2] : w.words[3];
+    return word >= threshold ? scale : 0.f;
+  }
+  __device__ __forceinline__ float at(uint64_t e) const { return factor(called_philox(seed, e / 4), e % 4); }
+  // the same where neighbours are asked for in turn: a block's four words are drawn once
+  __device__ __forceinline__ float next(uint64_t e) {
+    if (e / 4 != block) {
+      block = e / 4;
+      drawn = called_philox(seed, block);
+    }
+    return factor(drawn, e % 4);
+  }
+};
+
+// Writes a warp's result (16 x 8 kTiles, columns from `column`) times a factor per row
+template <class T, int kTiles>
+__device__ __forceinline__ void store_rows(const float (&acc)[kTiles][4], const float (&factor)[2], T* to,
+                                           int64_t stride, int row, int rows, int column, int dim, bool aligned) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = row + lane / 4 + 8 * h;
+    if (i >= rows) continue;
+    T* const line = to + i * stride;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int c = column + 8 * j + lane % 4 * 2;
+      const float x = acc[j][2 * h] * factor[h], y = acc[j][2 * h + 1] * factor[h];
+      if constexpr (sizeof(T) == 2) {
+        if (aligned && c + 1 < dim) {
+          *reinterpret_cast<uint32_t*>(line + c) = pack<T>(x, y);
+          continue;
+        }
+      }
+      if (c < dim) line[c] = from_float<T>(x);
+      if (c + 1 < dim) line[c + 1] = from_float<T>(y);
+    }
+  }
+}
+
+// Two tensors' rows in a ring of inner tiles: walk(begin, end, load, work) asks for the tiles of rows begin to end - 1
+// and calls work(first row, stage) on each, when it is there.
+template <int kInner, int kStages, class Load, class Work>
+__device__ __forceinline__ void walk(int begin, int end, const Load& load, const Work& work) {
+  if constexpr (kStages == 2) {
+    if (begin < end) load(begin, 0);
+    commit_copies();
+  }
+  int stage = 0;
+  for (int at = begin; at < end; at += kInner) {
+    if constexpr (kStages == 2) {
+      if (at + kInner < end) load(at + kInner, stage ^ 1);
+      commit_copies();
+      wait_copies<1>();
+    } else {
+      load(at, 0);
+      commit_copies();
+      wait_copies<0>();
+    }
+    __syncthreads();
+    work(at, stage);
+    __syncthreads();  // all are done with the tile before it is filled anew
+    stage = kStages == 2 ? stage ^ 1 : 0;
+  }
+}
+
+template <class T, int kDim, bool kGeneral>
+__global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
+    attention_kernel(const __grid_constant__ AttentionLaunch l) {
+  PYFAST_SHARED(shared);
+  using Tiles = Tiling<T, kDim, true>;
+  constexpr int kInner = Tiles::kInner, kTiles = kInner / 8;
+  using Outer = typename Tiles::OuterTile;
+  using Inner = typename Tiles::InnerTile;
+  const Attention& a = l.a;
+  const Place p = locate(l, a.heads, a.cu_q, a.cu_k, a.sq, a.sk, Tiles::kOuter, true);
+  if (p.first >= p.length) return;
+  const int64_t kv_head = p.head / (a.heads / a.kv_heads);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = p.other_length > 0 ? p.other_length : 0;
+  const Scores<kGeneral> scores(a, p.batch, p.head, p.begin, p.length, keys);
+
+  const Outer q{reinterpret_cast<T*>(shared)};
+  const auto inner = [&](int which, int stage) {
+    return Inner{reinterpret_cast<T*>(shared + Outer::kBytes + (2 * stage + which) * Inner::kBytes)};
+  };
+  T* const scratch =
+      reinterpret_cast<T*>(shared + Outer::kBytes + 2 * Tiles::kStages * Inner::kBytes + warp * Tiles::kScratch);
+  const auto load = [&](int at, int stage) {
+    const auto there = [&](int row) { return scores.counts(at + row); };
+    inner(0, stage).load(row_of<T>(a.k, p.batch, kv_head, p.other_begin + at), a.k.row, a.dim, a.k.aligned, there);
+    inner(1, stage).load(row_of<T>(a.v, p.batch, kv_head, p.other_begin + at), a.v.row, a.dim, a.v.aligned, there);
+  };
+  q.load(row_of<T>(a.q, p.batch, p.head, p.begin + p.first), a.q.row, a.dim, a.q.aligned,
+         [&](int row) { return p.first + row < p.length; });  // waited for with the first keys
+
+  const int shift = keys - p.length;
+  const int left = p.first + shift - a.left, right = p.first + Tiles::kOuter + shift + a.right;
+  const int begin = a.left >= 0 && left > 0 ? left : 0, end = a.right >= 0 && right < keys ? right : keys;
+  const int row = p.first + warp * 16 + lane / 4;  // this lane's first query; the second is row + 8
+  float maximum[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
+  float acc[kDim / 8][4] = {};
+  Factors factors(a);
+
+  walk<kInner, Tiles::kStages>(begin, end, load, [&](int at, int stage) {
+    float s[kTiles][4] = {};
+    multiply<T, false, kDim>(s, q, warp * 16, inner(0, stage), 0);
+    const bool whole = scores.all_visible(p.first, p.first + Tiles::kOuter, at, at + kInner);
+    float largest[2] = {maximum[0], maximum[1]};
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = row + e / 2 * 8, key = at + 8 * j + lane % 4 * 2 + e % 2;
+        float slope;
+        s[j][e] = scores.score(s[j][e], i, key, slope);
+        if (!whole && !scores.visible(i, key)) s[j][e] = -INFINITY;
+        largest[e / 2] = fmaxf(largest[e / 2], s[j][e]);
+      }
+    float base[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
+      base[h] = largest[h] == -INFINITY ? 0.f : largest[h];
+      const float rescale = exponential<T>(maximum[h] - base[h]);
+      maximum[h] = largest[h];
+      total[h] *= rescale;
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j) acc[j][2 * h] *= rescale, acc[j][2 * h + 1] *= rescale;
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[j][e] = exponential<T>(s[j][e] - base[e / 2]);
+        total[e / 2] += s[j][e];
+        if (kGeneral && a.seed)
+          s[j][e] *= factors.next(scores.dropout_index(row + e / 2 * 8, at + 8 * j + lane % 4 * 2 + e % 2));
+      }
+    multiply<T, kInner>(acc, s, scratch, inner(1, stage), 0);
+  });
+
+  float factor[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    total[h] += __shfl_xor_sync(~0u, total[h], 1);
+    total[h] += __shfl_xor_sync(~0u, total[h], 2);
+    float rescale = 1.f;
+    if (a.sinks) {
+      const float sink = a.sinks[p.head], larger = sink > maximum[h] || sink != sink ? sink : maximum[h];
+      const float base = larger == -INFINITY ? 0.f : larger;
+      rescale = exponential<T>(maximum[h] - base);
+      total[h] = total[h] * rescale + exponential<T>(sink - base);
+      maximum[h] = larger;
+    }
+    factor[h] = total[h] == 0.f ? 0.f : rescale / total[h];
+    const int i = row + 8 * h;
+    if (lane % 4 == 0 && i < p.length) {
+      a.maximum[scores.row + i] = maximum[h];
+      a.log_sum[scores.row + i] = total[h] == 0.f ? 0.f : logf(total[h]);
+    }
+  }
+  store_rows(acc, factor, row_of<T>(a.out, p.batch, p.head, p.begin), a.out.row, p.first + warp * 16, p.length, 0,
+             a.dim, a.out.aligned);
+}
+
+// dq, delta (out dout summed, less the gradient of lse) and, where asked for, the gradient of the scores
+template <class T, int kDim, bool kGeneral>
+__global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
+    attention_dq_kernel(const __grid_constant__ AttentionLaunch l) {
+  PYFAST_SHARED(shared);
+  using Tiles = Tiling<T, kDim, true>;
+  constexpr int kInner = Tiles::kInner, kTiles = kInner / 8;
+  using Outer = typename Tiles::OuterTile;
+  using Inner = typename Tiles::InnerTile;
+  const Attention& a = l.a;
+  const Place p = locate(l, a.heads, a.cu_q, a.cu_k, a.sq, a.sk, Tiles::kOuter, true);
+  if (p.first >= p.length) return;
+  const int64_t kv_head = p.head / (a.heads / a.kv_heads);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = p.other_length > 0 ? p.other_length : 0;
+  const Scores<kGeneral> scores(a, p.batch, p.head, p.begin, p.length, keys);
+
+  const Outer q{reinterpret_cast<T*>(shared)}, dout{reinterpret_cast<T*>(shared + Outer::kBytes)};
+  const auto inner = [&](int which, int stage) {
+    return Inner{reinterpret_cast<T*>(shared + 2 * Outer::kBytes + (2 * stage + which) * Inner::kBytes)};
+  };
+  T* const scratch =
+      reinterpret_cast<T*>(shared + 2 * Outer::kBytes + 2 * Tiles::kStages * Inner::kBytes + warp * Tiles::kScratch);
+  const auto load = [&](int at, int stage) {
+    const auto there = [&](int row) { return scores.counts(at + row); };
+    inner(0, stage).load(row_of<T>(a.k, p.batch, kv_head, p.other_begin + at), a.k.row, a.dim, a.k.aligned, there);
+    inner(1, stage).load(row_of<T>(a.v, p.batch, kv_head, p.other_begin + at), a.v.row, a.dim, a.v.aligned, there);
+  };
+  const auto there = [&](int row) { return p.first + row < p.length; };
+  q.load(row_of<T>(a.q, p.batch, p.head, p.begin + p.first), a.q.row, a.dim, a.q.aligned, there);
+  dout.load(row_of<T>(a.dout, p.batch, p.head, p.begin + p.first), a.dout.row, a.dim, a.dout.aligned, there);
+
+  float delta[2] = {0.f, 0.f}, maximum[2] = {0.f, 0.f}, log_sum[2] = {0.f, 0.f};
+  const int row = p.first + warp * 16 + lane / 4;
+  for (int r = 0; r < 16; ++r) {  // a warp sums one row after the other
+    const int i = p.first + warp * 16 + r;
+    float sum = 0.f;
+    if (i < p.length) {
+      const T *o = row_of<T>(a.out, p.batch, p.head, p.begin + i), *d = row_of<T>(a.dout, p.batch, p.head, p.begin + i);
+      for (int c = lane; c < a.dim; c += 32) sum += to_float(o[c]) * to_float(d[c]);
+    }
+    for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+    if (i < p.length && a.dlse) sum -= a.dlse[scores.row + i];
+    if (i < p.length && lane == 0) a.delta[scores.row + i] = sum;
+    if (r % 8 == lane / 4) delta[r / 8] = sum;
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    if (row + 8 * h < p.length) {
+      maximum[h] = a.maximum[scores.row + row + 8 * h];
+      log_sum[h] = a.log_sum[scores.row + row + 8 * h];
+    }
+
+  const int shift = keys - p.length;
+  const int left = p.first + shift - a.left, right = p.first + Tiles::kOuter + shift + a.right;
+  int begin = a.left >= 0 && left > 0 ? left : 0, end = a.right >= 0 && right < keys ? right : keys;
+  if (a.dscores) begin = 0, end = keys;  // each of its elements is written
+  float acc[kDim / 8][4] = {};
+  Factors factors(a);
+  walk<kInner, Tiles::kStages>(begin, end, load, [&](int at, int stage) {
+    float s[kTiles][4] = {}, dp[kTiles][4] = {};
+    multiply<T, false, kDim>(s, q, warp * 16, inner(0, stage), 0);
+    multiply<T, false, kDim>(dp, dout, warp * 16, inner(1, stage), 0);
+    const bool whole = scores.all_visible(p.first, p.first + Tiles::kOuter, at, at + kInner);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int h = e / 2, i = row + h * 8, key = at + 8 * j + lane % 4 * 2 + e % 2;
+        float slope;
+        const float score = scores.score(s[j][e], i, key, slope);
+        const bool seen = (whole || scores.visible(i, key)) && score != -INFINITY;
+        const float probability = seen ? exponential<T>((score - maximum[h]) - log_sum[h]) : 0.f;
+        float d = dp[j][e];
+        if (kGeneral && a.seed) d *= factors.next(scores.dropout_index(i, key));
+        const float ds = seen ? probability * (d - delta[h]) : 0.f;
+        if (kGeneral && a.dscores && i < p.length && key < keys) a.dscores[(scores.row + i) * a.sk + key] = ds;
+        s[j][e] = ds * slope;
+      }
+    multiply<T, kInner>(acc, s, scratch, inner(0, stage), 0);
+  });
+  const float factor[2] = {a.scale, a.scale};
+  store_rows(acc, factor, row_of<T>(a.dq, p.batch, p.head, p.begin), a.dq.row, p.first + warp * 16, p.length, 0, a.dim,
+             a.dq.aligned);
+}
+
+// dk and dv: rows of the products are keys here, columns queries
+template <class T, int kDim, bool kGeneral>
+__global__ void __launch_bounds__(Tiling<T, kDim, false>::kThreads)
+    attention_dkv_kernel(const __grid_constant__ AttentionLaunch l) {
+  PYFAST_SHARED(shared);
+  using Tiles = Tiling<T, kDim, false>;
+  constexpr int kInner = Tiles::kInner, kTiles = kInner / 8, kColumns = kDim / Tiles::kParts;
+  using Outer = typename Tiles::OuterTile;
+  using Inner = typename Tiles::InnerTile;
+  const Attention& a = l.a;
+  const Place p = locate(l, a.kv_heads, a.cu_k, a.cu_q, a.sk, a.sq, Tiles::kOuter, false);
+  if (p.first >= p.length) return;
+  const int64_t group = a.heads / a.kv_heads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, queries = p.other_length > 0 ? p.other_length : 0;
+  const int warp_row = warp % (Tiles::kOuter / 16) * 16, column = warp / (Tiles::kOuter / 16) * kColumns;
+
+  const Outer k{reinterpret_cast<T*>(shared)}, v{reinterpret_cast<T*>(shared + Outer::kBytes)};
+  const auto inner = [&](int which, int stage) {
+    return Inner{reinterpret_cast<T*>(shared + 2 * Outer::kBytes + (2 * stage + which) * Inner::kBytes)};
+  };
+  T* const scratch =
+      reinterpret_cast<T*>(shared + 2 * Outer::kBytes + 2 * Tiles::kStages * Inner::kBytes + warp * Tiles::kScratch);
+  {
+    const Scores<kGeneral> scores(a, p.batch, 0, 0, queries, p.length);
+    const auto there = [&](int row) { return scores.counts(p.first + row); };
+    k.load(row_of<T>(a.k, p.batch, p.head, p.begin + p.first), a.k.row, a.dim, a.k.aligned, there);
+    v.load(row_of<T>(a.v, p.batch, p.head, p.begin + p.first), a.v.row, a.dim, a.v.aligned, there);
+  }
+
+  const int shift = p.length - queries;
+  const int first_seeing = p.first - shift - a.right, behind_seeing = p.first + Tiles::kOuter - shift + a.left;
+  const int begin = a.right >= 0 && first_seeing > 0 ? first_seeing : 0;
+  const int end = a.left >= 0 && behind_seeing < queries ? behind_seeing : queries;
+  const int row = p.first + warp_row + lane / 4;  // this lane's first key; the second is row + 8
+  float dk[kColumns / 8][4] = {}, dv[kColumns / 8][4] = {};
+  const Factors factors(a);
+  for (int64_t head = p.head * group; head < (p.head + 1) * group; ++head) {
+    const Scores<kGeneral> scores(a, p.batch, head, p.other_begin, queries, p.length);
+    const auto load = [&](int at, int stage) {
+      const auto there = [&](int row) { return at + row < queries; };
+      inner(0, stage).load(row_of<T>(a.q, p.batch, head, p.other_begin + at), a.q.row, a.dim, a.q.aligned, there);
+      inner(1, stage).load(row_of<T>(a.dout, p.batch, head, p.other_begin + at), a.dout.row, a.dim, a.dout.aligned,
+                           there);
+    };
+    walk<kInner, Tiles::kStages>(begin, end, load, [&](int at, int stage) {
+      float s[kTiles][4] = {}, dp[kTiles][4] = {};
+      multiply<T, false, kDim>(s, k, warp_row, inner(0, stage), 0);
+      multiply<T, false, kDim>(dp, v, warp_row, inner(1, stage), 0);
+      const bool whole = scores.all_visible(at, at + kInner, p.first, p.first + Tiles::kOuter);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int key = row + e / 2 * 8, i = at + 8 * j + lane % 4 * 2 + e % 2;
+          float slope, factor = 1.f;
+          const float score = scores.score(s[j][e], i, key, slope);
+          const bool seen = (whole || scores.visible(i, key)) && score != -INFINITY;
+          const int64_t at_row = scores.row + i;
+          const float probability = seen ? exponential<T>((score - a.maximum[at_row]) - a.log_sum[at_row]) : 0.f;
+          if (kGeneral && a.seed) factor = factors.at(scores.dropout_index(i, key));
+          const float d = dp[j][e] * factor;
+          dp[j][e] = seen ? probability * (d - a.delta[at_row]) * slope : 0.f;
+          s[j][e] = probability * factor;
+        }
+      multiply<T, kInner>(dv, s, scratch, inner(1, stage), column);
+      multiply<T, kInner>(dk, dp, scratch, inner(0, stage), column);
+    });
+  }
+  const float one[2] = {1.f, 1.f}, scale[2] = {a.scale, a.scale};
+  store_rows(dk, scale, row_of<T>(a.dk, p.batch, p.head, p.begin), a.dk.row, p.first + warp_row, p.length, column,
+             a.dim, a.dk.aligned);
+  store_rows(dv, one, row_of<T>(a.dv, p.batch, p.head, p.begin), a.dv.row, p.first + warp_row, p.length, column, a.dim,
+             a.dv.aligned);
+}
+
+enum class Pass { forward, dq, dkv };
+
+template <class T, int kDim>
+int launch_attention(const Attention& a, Pass pass, void* stream) {
+  using OverKeys = Tiling<T, kDim, true>;
+  using OverQueries = Tiling<T, kDim, false>;
+  constexpr bool kOnlyGeneral = sizeof(T) == 4;  // FMA leaves nothing to gain
+  const bool over_keys = pass != Pass::dkv, general = kOnlyGeneral || a.softcap > 0.f || a.mask || a.bias || a.seed;
+  const int rows = over_keys ? OverKeys::kOuter : OverQueries::kOuter;
+  const int64_t length = over_keys ? a.sq : a.sk, heads = over_keys ? a.heads : a.kv_heads;
+  const AttentionLaunch l{a, a.cu_q ? length / rows + a.sequences + 1 : (length + rows - 1) / rows};
+  Shape shape{l.tiles * heads * a.batch, over_keys ? OverKeys::kThreads : OverQueries::kThreads, 0};
+  if (length == 0 || shape.blocks == 0) return 0;
+  if (pass == Pass::forward) {
+    shape.shared_bytes = OverKeys::shared_bytes(1);
+    return launch(general ? attention_kernel<T, kDim, true> : attention_kernel<T, kDim, kOnlyGeneral>, shape, l,
+                  stream);
+  }
+  shape.shared_bytes = over_keys ? OverKeys::shared_bytes(2) : OverQueries::shared_bytes(2);
+  if (pass == Pass::dq)
+    return launch(general ? attention_dq_kernel<T, kDim, true> : attention_dq_kernel<T, kDim, kOnlyGeneral>, shape, l,
+                  stream);
+  return launch(general ? attention_dkv_kernel<T, kDim, true> : attention_dkv_kernel<T, kDim, kOnlyGeneral>, shape, l,
+                stream);
+}
+
+template <class T>
+int launch_attention(const Attention& a, Pass pass, void* stream) {
+  if (a.dim <= 64) return launch_attention<T, 64>(a, pass, stream);
+  if (a.dim <= 128) return launch_attention<T, 128>(a, pass, stream);
+  return launch_attention<T, 256>(a, pass, stream);
+}
+
+// one per element type, each in a file of its own: they take longest to compile
+int attention_fp32(const Attention& a, Pass pass, void* stream);
+int attention_bf16(const Attention& a, Pass pass, void* stream);
+int attention_fp16(const Attention& a, Pass pass, void* stream);
+
+}  // namespace pyfast::cuda

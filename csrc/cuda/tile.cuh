@@ -1,0 +1,131 @@
+// Tiles in shared memory and products of them, 16-bit on tensor cores (mma.sync m16n8k16), fp32 by FMA. Both spread a
+// product over a warp alike: of a 16 x 8 block a lane holds rows g, g, g + 8, g + 8 at columns 2t, 2t + 1, 2t, 2t + 1,
+// with g = lane / 4 and t = lane % 4.
+#pragma once
+#include "cuda/ptx.cuh"
+
+namespace pyfast::cuda {
+
+// Rows of 16-byte chunks. For 16-bit elements chunk c of a row stands at c ^ (row % 8), so that ldmatrix, which reads a
+// chunk of 8 rows at once, meets every bank once; fp32 rows are padded by a chunk.
+template <class T, int kRows, int kColumns>
+struct Tile {
+  static constexpr int kChunk = 16 / sizeof(T), kChunks = kColumns / kChunk;
+  static constexpr int kStride = sizeof(T) == 2 ? kColumns : kColumns + kChunk;
+  static constexpr int kBytes = kRows * kStride * sizeof(T);
+  T* data;
+
+  __device__ __forceinline__ T* chunk(int row, int c) const {
+    return data + row * kStride + (sizeof(T) == 2 ? c ^ (row & 7) : c) * kChunk;
+  }
+  __device__ __forceinline__ T at(int row, int column) const { return data[row * kStride + column]; }  // fp32 only
+
+  // Begins to copy rows `stride` elements apart, those for which there(row), and columns before dim; zeros elsewhere.
+  // Every thread of the block takes part; commit_copies and a barrier follow.
+  template <class There>
+  __device__ __forceinline__ void load(const T* from, int64_t stride, int dim, bool aligned, There there) const {
+    for (int i = threadIdx.x; i < kRows * kChunks; i += blockDim.x) {
+      const int row = i / kChunks, c = i % kChunks, column = c * kChunk;
+      const int count = column < dim && there(row) ? (dim - column < kChunk ? dim - column : kChunk) : 0;
+      const T* p = count ? from + row * stride + column : from;
+      if (aligned) {
+        copy_async(chunk(row, c), p, count * int(sizeof(T)));
+      } else {
+        alignas(16) T elements[kChunk] = {};
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e)
+          if (e < count) elements[e] = p[e];
+        memcpy(chunk(row, c), elements, 16);
+      }
+    }
+  }
+};
+
+// One step of a 16-bit product: the 16 x 16 block in a's registers, b's rows or columns k to k + 15
+template <class T, bool kDepthFirst, int kTiles, class B>
+__device__ __forceinline__ void multiply_step(float (&acc)[kTiles][4], const uint32_t (&a)[4], const B& b, int column,
+                                              int k) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 2) {
+    uint32_t r[4];  // two blocks of b, 16 x 8 each
+    const int n = column + 8 * j;
+    if constexpr (kDepthFirst)
+      load_matrices<true>(r, b.chunk(k + matrix % 2 * 8 + within, n / 8 + matrix / 2));
+    else
+      load_matrices<false>(r, b.chunk(n + matrix / 2 * 8 + within, k / 8 + matrix % 2));
+    const uint32_t first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
+    mma<T>(acc[j], a, first);
+    mma<T>(acc[j + 1], a, second);
+  }
+}
+
+// acc (16 x 8 kTiles) += rows `row` to row + 15 of a (rows, depth) times columns `column` on of b: (depth, columns) if
+// kDepthFirst, else (columns, depth)
+template <class T, bool kDepthFirst, int kDepth, int kTiles, class A, class B>
+__device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const A& a, int row, const B& b, int column) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t block[4];
+      load_matrices<false>(block, a.chunk(row + lane % 16, k / 8 + lane / 16));
+      multiply_step<T, kDepthFirst>(acc, block, b, column, k);
+    }
+  } else {
+    // 16 terms at a time, so that rounding errors grow with the square root of a sixteenth of the depth
+    const int g = lane / 4, t = lane % 4;
+    constexpr int kGroup = kTiles < 8 ? kTiles : 8;
+#pragma unroll
+    for (int first = 0; first < kTiles; first += kGroup)
+      for (int begin = 0; begin < kDepth; begin += 16) {
+        float part[kGroup][4] = {};
+#pragma unroll 4
+        for (int k = begin; k < begin + 16; ++k) {
+          const float upper = a.at(row + g, k), lower = a.at(row + g + 8, k);
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j) {
+            const int n = column + 8 * (first + j) + 2 * t;
+            const float left = kDepthFirst ? b.at(k, n) : b.at(n, k);
+            const float right = kDepthFirst ? b.at(k, n + 1) : b.at(n + 1, k);
+            part[j][0] = fmaf(upper, left, part[j][0]);
+            part[j][1] = fmaf(upper, right, part[j][1]);
+            part[j][2] = fmaf(lower, left, part[j][2]);
+            part[j][3] = fmaf(lower, right, part[j][3]);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[first + j][e] += part[j][e];
+      }
+  }
+}
+
+// acc += p b, where p (16 x kDepth) is itself the result of a product, and b (depth, columns). The registers of two
+// blocks of a result are those of one operand; fp32 goes through `scratch`, a Tile<T, 16, kDepth> of this warp's own.
+template <class T, int kDepth, int kTiles, class B>
+__device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const float (&p)[kDepth / 8][4], T* scratch,
+                                         const B& b, int column) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      const float (&left)[4] = p[k / 8], (&right)[4] = p[k / 8 + 1];
+      const uint32_t block[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
+                                 pack<T>(right[2], right[3])};
+      multiply_step<T, true>(acc, block, b, column, k);
+    }
+  } else {
+    const Tile<T, 16, kDepth> tile{scratch};
+    const int lane = threadIdx.x % 32;
+    __syncwarp();  // the last product has read what is there
+#pragma unroll
+    for (int j = 0; j < kDepth / 8; ++j)
+      for (int e = 0; e < 4; ++e)
+        tile.data[(lane / 4 + e / 2 * 8) * tile.kStride + 8 * j + lane % 4 * 2 + e % 2] = p[j][e];
+    __syncwarp();
+    multiply<T, true, kDepth>(acc, tile, 0, b, column);
+  }
+}
+
+}  // namespace pyfast::cuda

@@ -1,0 +1,1 @@
+from test_attention import *  # noqa: F403
