@@ -106,11 +106,11 @@ struct Forward {
     for (int64_t j0 = first / kPad * kPad; j0 < last; j0 += kForwardKeys) {
       Block b{n, h, i0, j0, std::min(kForwardKeys, round_up(last - j0, kPad)), queries};
       block_gemm(b.keys, queries, D, k + j0 * D, D, (const C*)m.queries_t, queries, m.scores, queries, false);
-      if (a.general() || !all_visible(a, s, b)) {
+      if (a.general() || a.scale < 0 || !all_visible(a, s, b)) {
         finish_scores(a, s, b, m.scores, nullptr, m.dropout);
-        softmax(b, m, 1.f, a.dropout_p > 0);
+        softmax<true>(b, m, 1.f, a.dropout_p > 0);
       } else {
-        softmax(b, m, a.scale, false);
+        softmax<false>(b, m, a.scale, false);
       }
       block_gemm(D, queries, b.keys, vt + j0, ldv, (const C*)m.probabilities, queries, m.out_t, queries, true);
     }
@@ -127,6 +127,8 @@ struct Forward {
   }
 
   // The online softmax of one block: new maxima, probabilities, sums; rescales the output where a maximum has grown.
+  // factor is not negative.
+  template <bool kFinished>
   void softmax(const Block& b, Memory& m, float factor, bool dropout) const {
     const int64_t ld = b.queries;
     fvec largest_growth{};
@@ -134,18 +136,18 @@ struct Forward {
       float* x = m.scores + i;
       fvec top0 = splat(-kInf), top1 = top0;
       for (int64_t j = 0; j < b.keys; j += 2) {
-        top0 = max(top0, load(x + j * ld) * factor);
-        top1 = max(top1, load(x + (j + 1) * ld) * factor);
+        top0 = max(top0, load(x + j * ld));
+        top1 = max(top1, load(x + (j + 1) * ld));
       }
-      fvec before = load(m.maximum + i), top = max(max(top0, top1), before);
+      fvec before = load(m.maximum + i), top = max(max(top0, top1) * factor, before);
       // rows without a key yet: exp(-inf - 0) = 0
-      fvec base = top == -kInf ? fvec{} : top;
-      fvec rescale = exp_of<C>(before - base), sum0{}, sum1{};
+      const fvec base = top == -kInf ? fvec{} : top, base_log2 = base * kLog2e;
+      fvec rescale = exp_below(before - base), sum0{}, sum1{};
       for (int64_t j = 0; j < b.keys; j += 2) {
-        fvec p0 = exp_of<C>(load(x + j * ld) * factor - base);
-        fvec p1 = exp_of<C>(load(x + (j + 1) * ld) * factor - base);
+        fvec p0 = exp_above<C, kFinished>(load(x + j * ld), factor, base, base_log2);
+        fvec p1 = exp_above<C, kFinished>(load(x + (j + 1) * ld), factor, base, base_log2);
         sum0 += p0, sum1 += p1;
-        if (dropout) p0 *= load(m.dropout + j * ld + i), p1 *= load(m.dropout + (j + 1) * ld + i);
+        if (kFinished && dropout) p0 *= load(m.dropout + j * ld + i), p1 *= load(m.dropout + (j + 1) * ld + i);
         if constexpr (std::is_same_v<C, float>)
           put((float*)m.probabilities, nullptr, ld, j, i, p0, p1);
         else
@@ -235,12 +237,20 @@ struct Backward {
   const int64_t D = round_up(a.dim, kPad);
 
   // A query block as operands: Qᵀ and dOᵀ for the scores and dP, Q and dO for dK and dV; and per query, what
-  // its softmax subtracts (+inf where no key counts, so that probabilities come out 0) and delta = dO . O - dlse.
+  // its softmax subtracts (+inf where no key counts, so that probabilities come out 0), as maximum and the share of the
+  // maximum, or both in one as lse in units of log 2; and delta = dO . O - dlse.
   struct Queries {
     Queries(int64_t rows, int64_t D)
-        : q_t(rows * D), do_t(rows * D), q(rows * D), dout(rows * D), maximum(rows), log_sum(rows), delta(rows) {}
+        : q_t(rows * D),
+          do_t(rows * D),
+          q(rows * D),
+          dout(rows * D),
+          maximum(rows),
+          share(rows),
+          lse_log2(rows),
+          delta(rows) {}
     Scratch<C> q_t, do_t, q, dout;
-    Scratch<float> maximum, log_sum, delta;
+    Scratch<float> maximum, share, lse_log2, delta;
   };
   // What one strip of kPad keys needs.
   struct Strip {
@@ -259,12 +269,15 @@ struct Backward {
     pack(a.q, s.q_offset, a.q_strides, m.q_t + at * D, m.q + at * D);
     pack(a.dout, s.dout_offset, a.dout_strides, m.do_t + at * D, m.dout + at * D);
     const int64_t row = s.row + h * a.sq + i0;
-    for (int64_t i = 0; i < padded; ++i) {
-      float maximum = i < rows ? a.maximum[row + i] : -kInf;
-      m.maximum[at + i] = maximum == -kInf ? kInf : maximum;
-      m.log_sum[at + i] = i < rows ? a.log_sum[row + i] : 0.f;
-      m.delta[at + i] = i < rows ? delta(s, h, i0 + i) : 0.f;
+    for (int64_t i = 0; i < padded; i += VL) {
+      const int lanes = int(std::clamp<int64_t>(rows - i, 0, VL));
+      fvec top = load_n(a.maximum + row + i, lanes, -kInf), log_sum = load_n(a.log_sum + row + i, lanes);
+      top = top == -kInf ? splat(kInf) : top;
+      store(m.maximum + at + i, top);
+      store(m.share + at + i, exp_below(-log_sum));
+      store(m.lse_log2 + at + i, (top + log_sum) * kLog2e);
     }
+    for (int64_t i = 0; i < padded; ++i) m.delta[at + i] = i < rows ? delta(s, h, i0 + i) : 0.f;
   }
 
   float delta(const Sequence& s, int64_t h, int64_t i) const {
@@ -275,17 +288,24 @@ struct Backward {
 
   // From raw scores and dP of a strip: P and dS (before the factor `scale`), as operands. With keep_ds the gradient of
   // the scores after softcap and bias stays in strip.dp.
-  template <bool kGeneral>
+  template <bool kGeneral, bool kFinished>
   void gradients(const Block& b, float factor, Strip& m, const Queries& q, int64_t at, C* p, C* ds, C* ds_pairs,
                  bool keep_ds) const {
     const int64_t ld = b.queries;
     const bool dropout = kGeneral && a.dropout_p > 0, cap = kGeneral && a.softcap > 0;
+    // scores that are finished may be so large that their lse loses the logarithm; in fp32 the sum is rounded once less
+    constexpr bool kApart = kFinished || std::is_same_v<C, float>;
     for (int64_t j = 0; j < b.keys; j += 2)
       for (int64_t i = 0; i < ld; i += VL) {
         const int64_t x = j * ld + i, y = x + ld;
-        fvec top = load(q.maximum + at + i), l = load(q.log_sum + at + i), d = load(q.delta + at + i);
-        fvec p0 = exp_of<C>(load(m.scores + x) * factor - top - l);
-        fvec p1 = exp_of<C>(load(m.scores + y) * factor - top - l);
+        const fvec d = load(q.delta + at + i), base = load(q.maximum + at + i);
+        const fvec base_log2 = load(q.lse_log2 + at + i);
+        fvec p0 = exp_above<C, kFinished>(load(m.scores + x), factor, base, base_log2);
+        fvec p1 = exp_above<C, kFinished>(load(m.scores + y), factor, base, base_log2);
+        if (kApart) {
+          const fvec share = load(q.share + at + i);
+          p0 *= share, p1 *= share;
+        }
         fvec dp0 = load(m.dp + x), dp1 = load(m.dp + y), kept0 = p0, kept1 = p1;
         if (dropout) {
           fvec f0 = load(m.dropout + x), f1 = load(m.dropout + y);
@@ -308,9 +328,11 @@ struct Backward {
     if (finish) finish_scores(a, s, b, m.scores, m.cap_slope, m.dropout);
     float factor = finish ? 1.f : a.scale;
     if (general)
-      gradients<true>(b, factor, m, q, at, p, ds, ds_pairs, keep_ds);
+      gradients<true, true>(b, factor, m, q, at, p, ds, ds_pairs, keep_ds);
+    else if (finish)
+      gradients<false, true>(b, factor, m, q, at, p, ds, ds_pairs, false);
     else
-      gradients<false>(b, factor, m, q, at, p, ds, ds_pairs, false);
+      gradients<false, false>(b, factor, m, q, at, p, ds, ds_pairs, false);
   }
 
   struct Memory {

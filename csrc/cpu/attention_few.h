@@ -71,12 +71,12 @@ struct Few {
     top = per_row(top, [](float x, float y) { return x > y ? x : y; });
     const fvec base = top == -kInf ? fvec{} : top;
     for (int64_t x = 0; x < size; x += VL) {
-      fvec p = exp_of<float>(load(m.scores + x) - base);
+      fvec p = exp_below(load(m.scores + x) - base);
       sums += p;
       store(m.scores + x, p);
     }
     sums = per_row(sums, [](float x, float y) { return x + y; });
-    if (a.sinks) sums += exp_of<float>(load(sink) - base);
+    if (a.sinks) sums += exp_below(load(sink) - base);
     for (int r = 0; r < R; ++r) {
       const int64_t row = s.row + head[r] * a.sq + query[r];
       a.maximum[row] = top[r];

@@ -32,30 +32,19 @@ void parallel_tasks(int64_t count, const Make& make, const Work& work) {
 }
 
 // e^x for x <= 0 or a little above; 0 below -87, where results would be subnormal (and scalef slow); NaN for NaN. Own
-// minimax polynomials of the reduced argument: relative error 3e-9 after Cody-Waite reduction by ln 2 in two parts, or
-// 3e-6 where the result is rounded to bf16 anyway.
-template <class C>
-PF_INLINE fvec exp_of(fvec x) {
+// minimax polynomial of the reduced argument, relative error 3e-9 after Cody-Waite reduction by ln 2 in two parts.
+PF_INLINE fvec exp_below(fvec x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer
   constexpr float kLeast = -87.f;
-  fvec n = (x * kLog2e + kRound) - kRound, r, p;
-  if (std::is_same_v<C, bf16>) {
-    r = x * kLog2e - n;
-    p = splat(9.582853220e-3f);
-    p = p * r + 5.590642621e-2f;
-    p = p * r + 2.402409862e-1f;
-    p = p * r + 6.931241932e-1f;
-    p = p * r + 1.f;
-  } else {
-    r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    p = splat(1.381454008e-3f);
-    p = p * r + 8.368745213e-3f;
-    p = p * r + 4.166839079e-2f;
-    p = p * r + 1.666652040e-1f;
-    p = p * r + 4.999999343e-1f;
-    p = p * (r * r) + r + 1.f;
-  }
+  fvec n = (x * kLog2e + kRound) - kRound;
+  fvec r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  fvec p = splat(1.381454008e-3f);
+  p = p * r + 8.368745213e-3f;
+  p = p * r + 4.166839079e-2f;
+  p = p * r + 1.666652040e-1f;
+  p = p * r + 4.999999343e-1f;
+  p = p * (r * r) + r + 1.f;
 #ifdef __AVX512F__
   __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(kLeast), _CMP_NLT_UQ);
   return (fvec)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
@@ -63,6 +52,32 @@ PF_INLINE fvec exp_of(fvec x) {
   fvec scaled = (fvec)((ivec)p + (__builtin_convertvector(n, ivec) << 23));
   return x < kLeast ? fvec{} : scaled;
 #endif
+}
+
+#ifdef __AVX512F__
+// 2^x likewise, for what is rounded to bf16: own minimax polynomial of the fraction, relative error 3e-6. scalef takes
+// the integral part by itself.
+PF_INLINE fvec exp2_below(fvec x) {
+  fvec r = (fvec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  fvec p = splat(1.342668427e-2f);
+  p = p * r + 5.224247422e-2f;
+  p = p * r + 2.412802048e-1f;
+  p = p * r + 6.930448449e-1f;
+  p = p * r + 1.f;
+  __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-126.f), _CMP_NLT_UQ);
+  return (fvec)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)x);
+}
+#endif
+
+// e^(x * factor - base), in the precision that C is multiplied in. kFinished: factor is 1, and x and base may be as
+// large as floats are. Without it base_log2, base * log2(e), saves an instruction.
+template <class C, bool kFinished>
+PF_INLINE fvec exp_above(fvec x, float factor, fvec base, fvec base_log2) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<C, bf16>)
+    return exp2_below(kFinished ? (x - base) * kLog2e : x * (factor * kLog2e) - base_log2);
+#endif
+  return exp_below(kFinished ? x - base : x * factor - base);
 }
 
 template <class T, class U>
@@ -76,15 +91,19 @@ inline float dot(const T* x, const U* y, int64_t n) {
 template <class T, class C>
 inline void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, C* y, int64_t padded_rows,
                       int64_t padded_columns) {
-  for (int64_t r = 0; r < padded_rows; ++r, y += padded_columns) {
-    int64_t filled = r < rows ? columns : 0;
+  constexpr int64_t kAhead = 8, kLine = 64 / sizeof(T);  // rows lie apart: the processor does not see which comes next
+  for (int64_t r = 0; r < rows; ++r, x += stride, y += padded_columns) {
+    for (int64_t i = 0; i < columns; i += kLine) __builtin_prefetch(x + kAhead * stride + i);
+    int64_t i = 0;
     if constexpr (std::is_same_v<T, C>) {
-      if (filled) std::memcpy(y, x + r * stride, filled * sizeof(C));
+      for (; i + kLine <= columns; i += kLine) std::memcpy(y + i, x + i, kLine * sizeof(T));
+      if (i < columns) std::memcpy(y + i, x + i, (columns - i) * sizeof(C));
     } else {
-      for_lanes(filled, [&](int64_t i, int lanes) { store_any(y + i, load_any(x + r * stride + i, lanes), lanes); });
+      for_lanes(columns, [&](int64_t i, int lanes) { store_any(y + i, load_any(x + i, lanes), lanes); });
     }
-    std::memset(y + filled, 0, (padded_columns - filled) * sizeof(C));
+    if (columns < padded_columns) std::memset(y + columns, 0, (padded_columns - columns) * sizeof(C));
   }
+  std::memset(y, 0, (padded_rows - rows) * padded_columns * sizeof(C));
 }
 
 // ---- the geometry of a problem

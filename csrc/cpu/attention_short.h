@@ -91,14 +91,14 @@ struct Short {
       const fvec top = max(top0, top1), base = top == -kInf ? fvec{} : top;  // without a key: exp(-inf - 0) = 0
       fvec sum0{}, sum1{};
       auto exponential = [&](int64_t j) {
-        fvec p = exp_of<float>(load(x + j * ld) * factor - base);
+        fvec p = exp_below(load(x + j * ld) * factor - base);
         store(x + j * ld, dropout ? p * load(m.dropout + j * ld + i) : p);
         return p;
       };
       for (j = 0; j + 2 <= b.keys; j += 2) sum0 += exponential(j), sum1 += exponential(j + 1);
       if (j < b.keys) sum0 += exponential(j);
       fvec sum = sum0 + sum1;
-      if (a.sinks) sum += exp_of<float>(sink - base);
+      if (a.sinks) sum += exp_below(sink - base);
       const int lanes = int(std::min<int64_t>(VL, rows - i));
       store_any(a.maximum + row + i, top, lanes);
       store_any(a.log_sum + row + i, sum == 0.f ? fvec{} : log(sum), lanes);
@@ -163,10 +163,10 @@ struct Short {
       float *x = m.scores + i, *y = m.dp + i;
       fvec top = load_any(a.maximum + row + i, lanes);
       top = top == -kInf ? splat(kInf) : top;  // no key: P = 0
-      const fvec share = exp_of<float>(-load_any(a.log_sum + row + i, lanes));
+      const fvec share = exp_below(-load_any(a.log_sum + row + i, lanes));
       fvec delta{};
       for (int64_t j = 0; j < b.keys; ++j) {
-        fvec p = exp_of<float>(load(x + j * ld) * factor - top) * share, dp = load(y + j * ld);
+        fvec p = exp_below(load(x + j * ld) * factor - top) * share, dp = load(y + j * ld);
         if (dropout) {  // P itself stays where its factors were
           fvec kept = load(m.dropout + j * ld + i);
           store(m.dropout + j * ld + i, p);
