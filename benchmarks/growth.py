@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from . import charts, data, end_to_end, machine
 
@@ -39,7 +39,7 @@ def measure_step(dtype: str, width: dict, layers: int, batch: int, length: int, 
     training.step(0)
     total, attention = [], []
     for _ in range(STEPS):
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with profile(use_kineto=False) as profiler:
             start = time.perf_counter()
             training.step(0)
             total.append(time.perf_counter() - start)
