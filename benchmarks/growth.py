@@ -3,15 +3,15 @@
     python -m benchmarks.growth [--dtype bf16] [--json] [--save benchmarks/results]
 
 Time should grow linearly with layers and batch; with the length, attention's with its square and all else linearly, and
-memory linearly. For each series a parabola is fitted; `quadratic_share` is the part of the largest value that is due to
-the square (0 for a line, near 1 for a square), `exponent` the slope between the last two points in a log-log plot.
+memory linearly. For each series: `off_line`, how far a point is from the best line, relative; `quadratic_share`, the
+part of the largest value that the square has in the best parabola (0 for a line, near 1 for a square); `exponent`, the
+slope between the last two points in a log-log plot. A time is the least of STEPS.
 """
 
 import argparse
 import gc
 import json
 import math
-import statistics
 import time
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from . import charts, data, end_to_end, machine
 WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4}
 BASE = {"layers": 2, "batch": 1, "length": 512, "vocabulary": 8000}
 #: what is varied -> its values
-SERIES = {"layers": (2, 4, 6, 8), "batch": (2, 4, 6, 8), "length": (512, 1024, 2048, 4096)}
-STEPS = 3
+SERIES = {"layers": (2, 4, 8, 16), "batch": (2, 4, 8, 16), "length": (1024, 2048, 4096, 8192)}
+STEPS = 7
 
 
 def measure_step(dtype: str, width: dict, layers: int, batch: int, length: int, vocabulary: int) -> dict:
@@ -35,8 +35,8 @@ def measure_step(dtype: str, width: dict, layers: int, batch: int, length: int, 
     tokens = data.random_tokens(vocabulary, batch, length).batches
     training = end_to_end.Training("pyfast", end_to_end.build(config, dtype), tokens)
     gc.collect()
-    peak = machine.peak_mb(lambda: training.step(0))
     training.step(0)
+    peak = min(machine.peak_mb(lambda: training.step(0)) for _ in range(2))
     total, attention = [], []
     for _ in range(STEPS):
         with profile(use_kineto=False) as profiler:
@@ -45,16 +45,21 @@ def measure_step(dtype: str, width: dict, layers: int, batch: int, length: int, 
             total.append(time.perf_counter() - start)
         events = [e for e in profiler.key_averages() if "attention" in e.key and "::" in e.key]
         attention.append(sum(event.self_cpu_time_total for event in events) / 1e6)
-    seconds = statistics.median(total)
-    inside = statistics.median(attention)
+    seconds, inside = min(total), min(attention)
     return {"step_s": seconds, "attention_s": inside, "rest_s": seconds - inside, "peak_mb": peak}
 
 
-def fit(x: list[float], y: list[float]) -> dict:
-    """The parabola through the points by relative least squares, told as `quadratic_share` and `exponent`."""
-    square, *_ = np.polyfit(x, y, 2, w=[1 / value for value in y])
-    slope = math.log(y[-1] / y[-2]) / math.log(x[-1] / x[-2])
-    return {"quadratic_share": round(square * x[-1] ** 2 / y[-1], 3), "exponent": round(slope, 3)}
+def fit(x: list[float], y: list[float]) -> dict[str, float]:
+    """Least squares of relative errors: a line, a parabola, and the slope of the last two points."""
+    weights = [1 / value for value in y]
+    line = np.polyval(np.polyfit(x, y, 1, w=weights), x)
+    square, *_ = np.polyfit(x, y, 2, w=weights)
+    found = {
+        "off_line": max(abs(line - y) * weights),
+        "quadratic_share": square * x[-1] ** 2 / y[-1],
+        "exponent": math.log(y[-1] / y[-2]) / math.log(x[-1] / x[-2]),
+    }
+    return {name: round(float(value), 3) for name, value in found.items()}
 
 
 def measure(dtype: str, series: dict = SERIES, base: dict = BASE, width: dict = WIDTH) -> dict:

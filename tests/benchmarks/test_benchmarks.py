@@ -213,7 +213,7 @@ def test_memory_grows_linearly_with_the_length(tmp_path):
     base = {"layers": 2, "batch": 1, "length": 512, "vocabulary": 500}
     result = growth.measure("fp32", {"length": (512, 1024, 2048)}, base, width)
     found = result["length"]
-    assert abs(found["fits"]["peak_mb"]["quadratic_share"]) < 0.3 and found["fits"]["peak_mb"]["exponent"] < 1.3
+    assert found["fits"]["peak_mb"]["quadratic_share"] < 0.3 and found["fits"]["peak_mb"]["exponent"] < 1.3
     assert all(0 < inside < whole for inside, whole in zip(found["attention_s"], found["step_s"], strict=True))
     growth.draw(result | {"layers": found, "batch": found}, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
@@ -221,5 +221,6 @@ def test_memory_grows_linearly_with_the_length(tmp_path):
 
 def test_fit_tells_a_line_from_a_square():
     x = [1, 2, 4, 8]
-    assert growth.fit(x, [3 + 2 * value for value in x])["quadratic_share"] == pytest.approx(0, abs=1e-6)
-    assert growth.fit(x, [value**2 for value in x]) == {"quadratic_share": 1.0, "exponent": 2.0}
+    line, square = growth.fit(x, [3 + 2 * value for value in x]), growth.fit(x, [value**2 for value in x])
+    assert line["off_line"] == line["quadratic_share"] == 0 and line["exponent"] < 1
+    assert square["off_line"] > 0.2 and square["quadratic_share"] == 1 and square["exponent"] == 2
