@@ -18,7 +18,8 @@
 namespace pyfast::avx512 {
 namespace {
 
-constexpr int64_t kRows = 64;      // per task
+constexpr int64_t kRows = 128;     // per task at most: the more, the less often a block of the weight is read
+constexpr int64_t kTasks = 8;      // or a multiple: shared evenly by 2, 4 or 8 threads
 constexpr int64_t kColumns = 512;  // of the vocabulary per block
 constexpr int64_t kColumnTiles = kColumns / kTile;
 constexpr int64_t kGroupBytes = 32 << 20;  // of x and acc: more rows go in several groups
@@ -138,7 +139,10 @@ template <class Transform>
 void run(Transform transform, const LossRows& r, const bf16* x, const Head& head, bf16* dx) {
   int64_t features = head.features, group = std::max<int64_t>(kGroupBytes / (features * 6) / 64 * 64, 64);
   for (int64_t group_begin = 0; group_begin < r.rows; group_begin += group) {
-    int64_t rows = std::min(group, r.rows - group_begin), blocks = (rows + kRows - 1) / kRows, padded = blocks * kRows;
+    const int64_t rows = std::min(group, r.rows - group_begin);
+    const int64_t tasks = (rows + kTasks * kRows - 1) / (kTasks * kRows) * kTasks;
+    const int64_t height = ((rows + tasks - 1) / tasks + 2 * kTile - 1) / (2 * kTile) * (2 * kTile);  // rows per task
+    const int64_t blocks = (rows + height - 1) / height, padded = blocks * height;
     const int64_t* index = r.index + group_begin;
     Scratch<bf16> a(padded * features), transposed(kColumns * features), straight(kColumns * features);
     Scratch<float> acc(padded * features);
@@ -168,11 +172,11 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
       });
       parallel_for(blocks, 1, [&](int64_t first_block, int64_t last_block) {
         Tiles tiles;
-        Scratch<float> logits(kRows * kColumns);
-        Scratch<bf16> exps(kRows * kColumns);
-        int64_t row_tiles = kRows / kTile, depth = head.depth();
+        Scratch<float> logits(height * kColumns);
+        Scratch<bf16> exps(height * kColumns);
+        int64_t row_tiles = height / kTile, depth = head.depth();
         for (int64_t b = first_block; b < last_block; ++b) {
-          const bf16* rows_a = a + b * kRows * features;
+          const bf16* rows_a = a + b * height * features;
           for (int64_t c = 0; c < kColumnTiles; c += 2)
             for (int64_t t = 0; t < row_tiles; t += 2) {
               const bf16 *a0 = rows_a + t * depth * kTileSize, *b0 = transposed + c * depth * kTileSize;
@@ -180,11 +184,11 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
               multiply(depth, a0, a0 + depth * kTileSize, b0, b0 + depth * kTileSize, out, out + kTileResult,
                        out + kColumnTiles * kTileResult, out + (kColumnTiles + 1) * kTileResult, false);
             }
-          float* sums = acc + b * kRows * features;
-          for (int64_t i = 0; i < kRows && b * kRows + i < rows; ++i) {
+          float* sums = acc + b * height * features;
+          for (int64_t i = 0; i < height && b * height + i < rows; ++i) {
             int64_t t = i / kTile, row = i % kTile;
             softmax_block(transform, r, begin, logits + t * kColumnTiles * kTileResult + row * kTile,
-                          states[b * kRows + i], r.target[index[b * kRows + i]],
+                          states[b * height + i], r.target[index[b * height + i]],
                           exps + t * straight_tiles * kTileSize + row * kTileDepth,
                           sums + t * head.tiles() * kTileResult + row * kTile, head.tiles());
           }
