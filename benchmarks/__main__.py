@@ -9,6 +9,7 @@ results only; the charts are drawn from all that are there.
 import argparse
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -45,15 +46,14 @@ def bench(name: str):
     return importlib.import_module(f".bench_{name}", __package__)
 
 
-def run(names: list[str], skip: list[str], only: str = "") -> dict[str, dict]:
-    """Measures the limits of the machine, then every named benchmark's cases. The results by name."""
+def run(names: list[str], skip: list[str], only: str = "") -> Iterator[tuple[str, dict]]:
+    """Measures the limits of the machine, then every named benchmark's cases; each name with its result as it comes."""
     count = {name: sum(only in case.label for case in bench(name).cases()) for name in names}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("limits of this machine", total=sum(count.values()), completed=0)
         limits = roofline.measure()
         head = {"roofline": limits, "machine": machine.machine(), "versions": machine.versions()}
-        results = {}
         for name in names:
             chosen = (case.without(skip) for case in bench(name).cases() if only in case.label)
             rows = []
@@ -61,8 +61,7 @@ def run(names: list[str], skip: list[str], only: str = "") -> dict[str, dict]:
                 progress.update(task, description=f"{case.op} {case.label}")
                 rows += harness.measure([case], limits)
                 progress.advance(task)
-            results[name] = head | {"rows": rows}
-    return results
+            yield name, head | {"rows": rows}
 
 
 def cells(row: dict) -> list[str]:
@@ -96,14 +95,12 @@ def show(rows: list[dict]) -> None:
     console.print(table)
 
 
-def save(results: dict[str, dict], folder: Path) -> None:
-    """<name>.json and <name>.md for each result, and the charts of all that the folder holds."""
+def save(name: str, result: dict, folder: Path) -> None:
+    """<name>.json and <name>.md, and the charts of all that the folder holds."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, result in results.items():
-        (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        (folder / f"{name}.md").write_text(markdown(name, result))
-    drawn = charts.draw(folder, [path for name in NAMES if (path := folder / f"{name}.json").exists()])
-    print(f"saved in {folder}: {', '.join([*results, *drawn])}")
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (folder / f"{name}.md").write_text(markdown(name, result))
+    charts.draw(folder, [path for name in NAMES if (path := folder / f"{name}.json").exists()])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,14 +115,17 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"there is no benchmark {name!r}: choose from {', '.join(NAMES)}")
     if options.only and options.save:
         parser.error("--save writes an op's whole table: leave --only out")
-    results = run(options.names or NAMES, options.skip, options.only)
-    rows = [row for result in results.values() for row in result["rows"]]
+    rows = []
+    for name, result in run(options.names or NAMES, options.skip, options.only):
+        rows += result["rows"]
+        if options.save:  # at once: a later op that fails takes nothing with it
+            save(name, result, options.save / machine.folder_name())
     if not rows:
         parser.error(f"--only {options.only}: no case has this in its label")
     show(rows)
-    print(json.dumps(next(iter(results.values()))["roofline"]))
+    print(json.dumps(result["roofline"]))
     if options.save:
-        save(results, options.save / machine.folder_name())
+        print(f"saved in {options.save / machine.folder_name()}")
 
 
 if __name__ == "__main__":
