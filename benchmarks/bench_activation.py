@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from pyfast import ops
 
 from .harness import DTYPES, Case, compiled
+from .machine import elements_beyond_cache
 from .roofline import clones
 
-SHAPES = ((64, 768), (2048, 2048), (8192, 4096))
+SHAPES = ((64, 768), (2048, 2048), (elements_beyond_cache() // 4096, 4096))
 
 
 def swiglu(gate, up):

@@ -6,10 +6,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from pyfast import ops
 
 from .harness import DTYPES, Case, compiled
+from .machine import elements_beyond_cache
 from .roofline import clones
 
 #: (batch, heads, key/value heads, length, width)
-SHAPES = ((1, 12, 4, 64, 64), (4, 12, 4, 512, 64), (1, 32, 8, 8192, 128))
+SHAPES = ((1, 12, 4, 64, 64), (4, 12, 4, 512, 64), (1, 32, 8, elements_beyond_cache() // (32 * 128), 128))
 
 
 def cases():

@@ -29,6 +29,11 @@ def machine() -> dict:
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "isa": isa, "threads": torch.get_num_threads()}
 
 
+def elements_beyond_cache() -> int:
+    """Elements of a tensor that takes half of the last-level cache in fp32: an op on two or more runs from memory."""
+    return max(32 << 20, os.sysconf("SC_LEVEL3_CACHE_SIZE") // 2 // 4)
+
+
 def folder_name() -> str:
     """A folder name for this machine's results, such as xeon-amx-4-cores."""
     found = machine()
