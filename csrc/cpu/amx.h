@@ -53,12 +53,53 @@ PF_INLINE __m512i pack_bf16(fvec low, fvec high) {
   return result;
 }
 
-// A row of 16 pairs (even[c], odd[c]) of a B tile.
-PF_INLINE void pack_pairs(fvec even, fvec odd, bf16* out) {
-  __m512i rows = pack_bf16(even, odd);
+// A row of 16 pairs of a B tile, from pack_bf16(even, odd)
+PF_INLINE __m512i pairs_of(__m512i packed) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, rows));
+  return _mm512_permutexvar_epi16(order, packed);
+}
+PF_INLINE void pack_pairs(fvec even, fvec odd, bf16* out) { _mm512_storeu_si512(out, pairs_of(pack_bf16(even, odd))); }
+
+// Two tiles of A, one above the other, or of B, side by side; the next ones along the depth lie `step` elements on.
+struct TilePair {
+  const bf16 *first, *second;
+  int64_t step, row_bytes;
+};
+// Two by two tiles of C
+struct TileBlock {
+  float *c00, *c01, *c10, *c11;
+  int64_t row_bytes;
+};
+
+// C = or += A B over a depth of so many tiles
+PF_INLINE void multiply_tiles(int64_t depth, const TilePair& a, const TilePair& b, const TileBlock& c,
+                              bool accumulate) {
+  if (accumulate) {
+    Tiles::load<0>(c.c00, c.row_bytes);
+    Tiles::load<1>(c.c01, c.row_bytes);
+    Tiles::load<2>(c.c10, c.row_bytes);
+    Tiles::load<3>(c.c11, c.row_bytes);
+  } else {
+    Tiles::zero<0>();
+    Tiles::zero<1>();
+    Tiles::zero<2>();
+    Tiles::zero<3>();
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    Tiles::load<4>(a.first + d * a.step, a.row_bytes);
+    Tiles::load<6>(b.first + d * b.step, b.row_bytes);
+    Tiles::multiply<0, 4, 6>();
+    Tiles::load<7>(b.second + d * b.step, b.row_bytes);
+    Tiles::multiply<1, 4, 7>();
+    Tiles::load<5>(a.second + d * a.step, a.row_bytes);
+    Tiles::multiply<2, 5, 6>();
+    Tiles::multiply<3, 5, 7>();
+  }
+  Tiles::store<0>(c.c00, c.row_bytes);
+  Tiles::store<1>(c.c01, c.row_bytes);
+  Tiles::store<2>(c.c10, c.row_bytes);
+  Tiles::store<3>(c.c11, c.row_bytes);
 }
 
 // f(integral_constant 0), ..., f(N - 1): tile numbers are part of the instruction

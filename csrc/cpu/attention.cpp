@@ -24,10 +24,10 @@ constexpr int64_t kPad = 32;  // rows and D are padded to what AMX's K dimension
 struct NoTiles {};
 #ifdef __AVX512F__
 template <class C>
-using Tiles = std::conditional_t<std::is_same_v<C, bf16>, AmxTiles, NoTiles>;
+using TilesOf = std::conditional_t<std::is_same_v<C, bf16>, Tiles, NoTiles>;
 #else
 template <class C>
-using Tiles = NoTiles;
+using TilesOf = NoTiles;
 #endif
 
 // Two rows of a block, 16 (or 8) columns, as operands: row-major for the left side, pairs for the right. In fp32 both
@@ -38,12 +38,12 @@ PF_INLINE void put(float* rows, float*, int64_t ld, int64_t j, int64_t i, fvec x
 }
 #ifdef __AVX512F__
 PF_INLINE void put(bf16* rows, bf16* pairs, int64_t ld, int64_t j, int64_t i, fvec x0, fvec x1) {
-  __m512i packed = round_bf16(x0, x1);
+  __m512i packed = pack_bf16(x0, x1);
   if (rows) {
     _mm256_storeu_si256((__m256i*)(rows + j * ld + i), _mm512_castsi512_si256(packed));
     _mm256_storeu_si256((__m256i*)(rows + (j + 1) * ld + i), _mm512_extracti64x4_epi64(packed, 1));
   }
-  if (pairs) _mm512_storeu_si512(pairs + j * ld + 2 * i, interleave(packed));
+  if (pairs) _mm512_storeu_si512(pairs + j * ld + 2 * i, pairs_of(packed));
 }
 #endif
 
@@ -81,7 +81,7 @@ struct Forward {
           probabilities(kForwardKeys * kForwardQueries),
           out_t(D * kForwardQueries),
           out(D * kForwardQueries) {}
-    Tiles<C> tiles;
+    TilesOf<C> tiles;
     Scratch<C> queries, queries_t;
     Scratch<float> scores, dropout;
     Scratch<C> probabilities;
@@ -349,7 +349,7 @@ struct Backward {
           dk(keys * D),
           dv(keys * D),
           rows(std::max(kBackwardQueries, kPad) * D) {}
-    Tiles<C> tiles;
+    TilesOf<C> tiles;
     Queries q;
     Scratch<C> scratch, k, v, k_t, p, ds, ds_pairs;
     Scratch<float> dq_t, dk, dv, rows;

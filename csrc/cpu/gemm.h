@@ -2,12 +2,11 @@
 //
 //   block_gemm(M, N, K, A, lda, B, ldb, C, ldc, accumulate)
 //
-// float: A (M, K) and B (K, N) row-major, N a multiple of 16; FMA micro-kernels of 6 x 64 (AVX-512) or 6 x 16 (AVX2)
-// and
-//        of fewer columns and more rows. `multiply` also takes A transposed, and N and results of any kind.
+// float: A (M, K) and B (K, N) row-major, N a multiple of 16; FMA micro-kernels of 6 x 64 (AVX-512) or 6 x 16 (AVX2),
+//        or of fewer columns and more rows. `multiply` also takes A transposed, and results of any type and width.
 // bf16:  A (M, K) row-major, B (K, N) with its rows interleaved by pairs, B[k / 2][n][k % 2] (ldb counts columns), as
-//        AMX wants it ("VNNI"); M and N multiples of 16, K of 32, so pad with zeros. Only where current_isa() is amx,
-//        with an AmxTiles alive in the calling thread.
+//        AMX wants it ("VNNI"); M, N and K multiples of 32, so pad with zeros. Only where current_isa() is amx, with a
+//        Tiles (cpu/amx.h) alive in the calling thread.
 //
 // Written rather than taken from libtorch's brgemm: that is a private C++ symbol, its 16-bit form needs AMX or falls
 // back to a slow GEMM, and it compiles one kernel per shape and stride. In cache this one is as fast
@@ -18,6 +17,7 @@
 #include <memory>
 #include <new>
 
+#include "cpu/amx.h"
 #include "cpu/vec.h"
 
 namespace pyfast::PYFAST_ISA {
@@ -109,85 +109,16 @@ inline void block_gemm(int64_t M, int64_t N, int64_t K, const float* A, int64_t 
 
 #ifdef __AVX512F__
 
-// Configures this thread's eight tiles as 16 rows of 64 bytes, and gives them back.
-struct AmxTiles {
-  AmxTiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~AmxTiles() { __asm__ volatile("tilerelease"); }
-};
-
-#define PF_TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t::)
-#define PF_TILE_LOAD(t, p, stride) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(p), "r"(int64_t(stride)) : "memory")
-#define PF_TILE_STORE(t, p, stride) \
-  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"(int64_t(stride)) : "memory")
-#define PF_TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
-
-// C of two tiles by two (or one): tiles 0 to 3; A in 4 and 5, B in 6 and 7
-template <bool kTwoRows, bool kTwoColumns>
-PF_INLINE void amx_tile(int64_t K, const bf16* A, int64_t lda, const bf16* B, int64_t ldb, float* C, int64_t ldc,
-                        bool accumulate) {
-  if (accumulate) {
-    PF_TILE_LOAD(0, C, ldc * 4);
-    if (kTwoColumns) PF_TILE_LOAD(1, C + 16, ldc * 4);
-    if (kTwoRows) PF_TILE_LOAD(2, C + 16 * ldc, ldc * 4);
-    if (kTwoRows && kTwoColumns) PF_TILE_LOAD(3, C + 16 * ldc + 16, ldc * 4);
-  } else {
-    PF_TILE_ZERO(0);
-    PF_TILE_ZERO(1);
-    PF_TILE_ZERO(2);
-    PF_TILE_ZERO(3);
-  }
-  for (int64_t k = 0; k < K; k += 32) {
-    const bf16* b = B + k * ldb;
-    PF_TILE_LOAD(4, A + k, lda * 2);
-    PF_TILE_LOAD(6, b, ldb * 4);
-    if (kTwoColumns) PF_TILE_LOAD(7, b + 32, ldb * 4);
-    PF_TILE_DOT(0, 4, 6);
-    if (kTwoColumns) PF_TILE_DOT(1, 4, 7);
-    if (kTwoRows) {
-      PF_TILE_LOAD(5, A + 16 * lda + k, lda * 2);
-      PF_TILE_DOT(2, 5, 6);
-      if (kTwoColumns) PF_TILE_DOT(3, 5, 7);
-    }
-  }
-  PF_TILE_STORE(0, C, ldc * 4);
-  if (kTwoColumns) PF_TILE_STORE(1, C + 16, ldc * 4);
-  if (kTwoRows) PF_TILE_STORE(2, C + 16 * ldc, ldc * 4);
-  if (kTwoRows && kTwoColumns) PF_TILE_STORE(3, C + 16 * ldc + 16, ldc * 4);
-}
-
 inline void block_gemm(int64_t M, int64_t N, int64_t K, const bf16* A, int64_t lda, const bf16* B, int64_t ldb,
                        float* C, int64_t ldc, bool accumulate) {
-  for (int64_t n = 0; n < N; n += 32) {
-    bool two_columns = n + 32 <= N;
-    for (int64_t m = 0; m < M; m += 32) {
-      bool two_rows = m + 32 <= M;
-      auto tile = two_rows ? (two_columns ? amx_tile<true, true> : amx_tile<true, false>)
-                           : (two_columns ? amx_tile<false, true> : amx_tile<false, false>);
-      tile(K, A + m * lda, lda, B + 2 * n, ldb, C + m * ldc + n, ldc, accumulate);
+  for (int64_t n = 0; n < N; n += 2 * kTile)
+    for (int64_t m = 0; m < M; m += 2 * kTile) {
+      const bf16 *a = A + m * lda, *b = B + 2 * n;
+      float* c = C + m * ldc + n;
+      multiply_tiles(K / kTileDepth, {a, a + kTile * lda, kTileDepth, 2 * lda},
+                     {b, b + 2 * kTile, kTileDepth * ldb, 4 * ldb},
+                     {c, c + kTile, c + kTile * ldc, c + kTile * ldc + kTile, 4 * ldc}, accumulate);
     }
-  }
-}
-
-// 16 lanes each of two fp32 vectors, rounded to nearest even: low's in the lower half (AVX512-BF16, which every CPU
-// with AMX-BF16 has; subnormals become zero)
-PF_INLINE __m512i round_bf16(fvec low, fvec high) {
-  __m512i packed;
-  __asm__("vcvtne2ps2bf16 %2, %1, %0" : "=v"(packed) : "v"(high), "v"(low));
-  return packed;
-}
-// (low 0, high 0, low 1, high 1, ...) of such a vector: two rows become a row of pairs
-PF_INLINE __m512i interleave(__m512i packed) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, packed);
 }
 #endif
 

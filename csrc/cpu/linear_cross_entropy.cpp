@@ -24,34 +24,10 @@ constexpr int64_t kColumns = 512;  // of the vocabulary per block
 constexpr int64_t kColumnTiles = kColumns / kTile;
 constexpr int64_t kGroupBytes = 32 << 20;  // of x and acc: more rows go in several groups
 
-// C tiles (2 x 2) = or += A (2 x depth) B (depth x 2); each operand's tiles are contiguous along depth
-void multiply(int64_t depth, const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1, float* c00, float* c01,
-              float* c10, float* c11, bool accumulate) {
-  if (accumulate) {
-    Tiles::load<0>(c00);
-    Tiles::load<1>(c01);
-    Tiles::load<2>(c10);
-    Tiles::load<3>(c11);
-  } else {
-    Tiles::zero<0>();
-    Tiles::zero<1>();
-    Tiles::zero<2>();
-    Tiles::zero<3>();
-  }
-  for (int64_t k = 0; k < depth * kTileSize; k += kTileSize) {
-    Tiles::load<4>(a0 + k);
-    Tiles::load<6>(b0 + k);
-    Tiles::multiply<0, 4, 6>();
-    Tiles::load<7>(b1 + k);
-    Tiles::multiply<1, 4, 7>();
-    Tiles::load<5>(a1 + k);
-    Tiles::multiply<2, 5, 6>();
-    Tiles::multiply<3, 5, 7>();
-  }
-  Tiles::store<0>(c00);
-  Tiles::store<1>(c01);
-  Tiles::store<2>(c10);
-  Tiles::store<3>(c11);
+// Two rows (columns) of tiles that are contiguous along the depth
+TilePair rows_of_tiles(const bf16* first, int64_t depth) { return {first, first + depth * kTileSize, kTileSize, 64}; }
+TileBlock block_of_tiles(float* first, int64_t across) {
+  return {first, first + kTileResult, first + across * kTileResult, first + (across + 1) * kTileResult, 64};
 }
 
 struct Head {
@@ -179,10 +155,10 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
           const bf16* rows_a = a + b * height * features;
           for (int64_t c = 0; c < kColumnTiles; c += 2)
             for (int64_t t = 0; t < row_tiles; t += 2) {
-              const bf16 *a0 = rows_a + t * depth * kTileSize, *b0 = transposed + c * depth * kTileSize;
               float* out = logits + (t * kColumnTiles + c) * kTileResult;
-              multiply(depth, a0, a0 + depth * kTileSize, b0, b0 + depth * kTileSize, out, out + kTileResult,
-                       out + kColumnTiles * kTileResult, out + (kColumnTiles + 1) * kTileResult, false);
+              multiply_tiles(depth, rows_of_tiles(rows_a + t * depth * kTileSize, depth),
+                             rows_of_tiles(transposed + c * depth * kTileSize, depth),
+                             block_of_tiles(out, kColumnTiles), false);
             }
           float* sums = acc + b * height * features;
           for (int64_t i = 0; i < height && b * height + i < rows; ++i) {
@@ -194,11 +170,10 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
           }
           for (int64_t f = 0; f < head.tiles(); f += 2)
             for (int64_t t = 0; t < row_tiles; t += 2) {
-              const bf16 *a0 = exps + t * straight_tiles * kTileSize, *b0 = straight + f * straight_tiles * kTileSize;
               float* out = sums + (t * head.tiles() + f) * kTileResult;
-              multiply(straight_tiles, a0, a0 + straight_tiles * kTileSize, b0, b0 + straight_tiles * kTileSize, out,
-                       out + kTileResult, out + head.tiles() * kTileResult, out + (head.tiles() + 1) * kTileResult,
-                       true);
+              multiply_tiles(straight_tiles, rows_of_tiles(exps + t * straight_tiles * kTileSize, straight_tiles),
+                             rows_of_tiles(straight + f * straight_tiles * kTileSize, straight_tiles),
+                             block_of_tiles(out, head.tiles()), true);
             }
         }
       });
