@@ -104,7 +104,7 @@ def ninja_file(root: Path, libraries: dict[str, str]) -> str:
         compile_("_emu", "csrc/cuda/*.cu", f"{emulator} -x c++", ".emulator")
     if "_cuda" in libraries:
         cuda = find_cuda()
-        flags = "-std=c++20 -O3 -Icsrc -lineinfo -Xcompiler -fPIC,-fvisibility=hidden"
+        flags = "-std=c++20 -O3 -Icsrc -Xcompiler -fPIC,-fvisibility=hidden"
         command = f"{quote(str(cuda.nvcc))} -ccbin {CXX} -MMD -MF $out.d {flags} {cuda.architecture_flags()}"
         lines.append(f"rule nvcc\n  command = {command} -c $in -o $out\n{depfile}")
         names = f"-DPYFAST_ARCHITECTURES='\"{', '.join(ARCHITECTURES)}\"'"

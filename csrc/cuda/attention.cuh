@@ -104,11 +104,11 @@ __device__ __forceinline__ float exponential(float x) {
 }
 
 // Called, not inlined at each of a tile's elements: kernels would grow tenfold
-__device__ __noinline__ float called_tanh(float x) { return tanhf(x); }
+__device__ __attribute__((noinline)) inline float called_tanh(float x) { return tanhf(x); }
 struct alignas(16) Words {
   uint32_t words[4];
 };
-__device__ __noinline__ Words called_philox(uint64_t seed, uint64_t block) {
+__device__ __attribute__((noinline)) inline Words called_philox(uint64_t seed, uint64_t block) {
   Words w;
   philox4x32<1>(seed, block, w.words);
   return w;

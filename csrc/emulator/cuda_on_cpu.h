@@ -11,7 +11,6 @@
 #define __host__
 #define __grid_constant__
 #define __forceinline__ inline
-#define __noinline__ inline
 #define __launch_bounds__(...)
 #define threadIdx (::simt::current->thread)
 #define blockIdx (::simt::current->block->index)
