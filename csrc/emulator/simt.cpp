@@ -172,6 +172,7 @@ void prepare(const Launch& l, Block& b, int rank, size_t number) {
     f.thread = {i % l.block.x, i / l.block.x % l.block.y, i / (l.block.x * l.block.y)};
     f.linear = i, f.lane = i % 32;
     f.copies.resize(1);
+    f.deferred.resize(1);
     f.warp->alive |= 1u << f.lane;
     b.fibers.push_back(&f);
   }

@@ -37,6 +37,12 @@ struct Copy {
   int bytes, size;
 };
 
+// A tile on its way to shared memory by TMA: what remains to be done, and the mbarrier that waits for it
+struct Transfer {
+  const void* barrier;
+  std::function<void()> finish;
+};
+
 // A collective of some of a warp's lanes that not all have reached yet
 struct Meeting {
   uint32_t mask = 0, arrived = 0;
@@ -66,8 +72,9 @@ struct Fiber {
   const char* waits_at = "";
   const uint64_t* phase = nullptr;  // waits until *phase differs from seen,
   uint64_t seen = 0;
-  const std::function<bool()>* condition = nullptr;  // or until this holds
-  std::vector<std::vector<Copy>> copies;             // cp.async groups, the last one open
+  const std::function<bool()>* condition = nullptr;          // or until this holds
+  std::vector<std::vector<Copy>> copies;                     // cp.async groups, the last one open
+  std::vector<std::vector<std::function<void()>>> deferred;  // wgmma groups, likewise
 };
 
 struct Block {
@@ -81,6 +88,7 @@ struct Block {
   int live = 0, rank = 0;
   Block* cluster = nullptr;  // the first of the cluster's blocks
   int cluster_size = 1;
+  std::vector<Transfer> transfers;
 };
 
 struct Launch {

@@ -2,7 +2,7 @@
 #include <cstring>
 #include <string>
 
-#include "cuda/ptx.cuh"
+#include "cuda/ptx90.cuh"
 
 using namespace pyfast;
 using namespace pyfast::cuda;
@@ -175,7 +175,109 @@ __global__ void cluster_sum(const Call c) {
 #endif
 }
 
+// out (64 x 128) = a b^T with a (64 x depth) and b (128 x depth) 16-bit: a warp of producers fills a ring of two stages
+// by TMA, a warp group multiplies
+struct Product {
+  TensorMap a, b;
+  float* out;
+  int depth, bug;
+};
+template <class T>
+__global__ void __launch_bounds__(160) product(const __grid_constant__ Product c) {
+#if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYFAST_SHARED(shared);
+  constexpr int kA = 64 * 128, kB = 128 * 128, kStage = kA + kB;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(shared + 2 * kStage);
+  uint64_t* const empty = full + 2;
+  const int i = threadIdx.x, steps = (c.depth + 63) / 64;
+  if (i == 0 && c.bug != 1) {
+    for (int s = 0; s < 2; ++s) {
+      mbarrier_init(full + s, 1);
+      mbarrier_init(empty + s, c.bug == 2 ? 64 : 128);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (i >= 128) {
+    if (i == 128)
+      for (int k = 0; k < steps; ++k) {
+        const int s = k % 2, phase = k / 2 % 2;
+        if (c.bug != 3) mbarrier_wait(empty + s, phase ^ 1);  // passes at once for a fresh barrier
+        mbarrier_arrive_expect(full + s, c.bug == 4 ? kA : kStage);
+        unsigned char* const to = shared + s * kStage + (c.bug == 5 ? 128 : 0);
+        tma_load<2>(to, &c.a, full + s, {k * 64, 0});
+        tma_load<2>(to + kA, &c.b, full + s, {k * 64, 0});
+      }
+    return;
+  }
+  float d[64] = {};
+  for (int k = 0; k < steps; ++k) {
+    const int s = k % 2, phase = k / 2 % 2;
+    const unsigned char* const a = shared + s * kStage;
+    if (c.bug != 6) mbarrier_wait(full + s, c.bug == 7 ? phase ^ 1 : phase);
+    wgmma_fence();
+    for (int step = 0; step < 4; ++step)
+      wgmma<T>(d, wgmma_descriptor(a + step * (c.bug == 8 ? 64 : 32)), wgmma_descriptor(a + kA + step * 32));
+    wgmma_commit();
+    if (c.bug != 9) wgmma_wait<0>();
+    mbarrier_arrive(empty + s);
+  }
+  for (int j = 0; j < 64; ++j)
+    c.out[(i / 32 * 16 + i % 32 / 4 + j % 4 / 2 * 8) * 128 + j / 4 * 8 + i % 4 * 2 + j % 2] = d[j];
+#endif
+}
+
+// out = the box (3 x 2 x 8 x 64) at (0, 2, 1, 0) of a tensor (3, 5, 9, n), 16-bit, out of its swizzled rows
+struct Box {
+  TensorMap map;
+  float* out;
+};
+__global__ void box(const __grid_constant__ Box c) {
+#if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYFAST_SHARED(shared);
+  constexpr int kRows = 3 * 2 * 8;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(shared + kRows * 128);
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect(full, kRows * 128);
+    tma_load<4>(shared, &c.map, full, {0, 1, 2, 0});
+  }
+  __syncthreads();
+  mbarrier_wait(full, 0);
+  for (int i = threadIdx.x; i < kRows * 64; i += blockDim.x) {
+    const int row = i / 64, column = i % 64;
+    const uint16_t bits =
+        reinterpret_cast<const uint16_t*>(shared)[row * 64 + ((column / 8) ^ (row % 8)) * 8 + column % 8];
+    c.out[i] = to_float(fp16{bits});
+  }
+#endif
+}
+
+int finished(int code) {
+#if !defined(PYFAST_EMULATOR)
+  if (!code) return cudaDeviceSynchronize();
+#endif
+  return code;
+}
+
 }  // namespace
+
+extern "C" __attribute__((visibility("default"))) int run_product(bool is_bf16, const void* a, const void* b,
+                                                                  float* out, int depth, int bug) {
+  Product c{{}, {}, out, depth, bug};
+  const DType type = is_bf16 ? DType::bf16 : DType::fp16;
+  const int64_t strides[2] = {2, depth * 2};
+  if (int e = make_tensor_map<2>(c.a, type, a, {depth, 64}, strides, {64, 64})) return e;
+  if (int e = make_tensor_map<2>(c.b, type, b, {depth, 128}, strides, {64, 128})) return e;
+  return finished(launch(is_bf16 ? product<bf16> : product<fp16>, {1, 160, 2 * 192 * 128 + 32}, c, nullptr));
+}
+extern "C" __attribute__((visibility("default"))) int run_box(const void* x, int n, float* out) {
+  Box c{{}, out};
+  if (int e = make_tensor_map<4>(c.map, DType::fp16, x, {n, 9, 5, 3}, {2, n * 2, n * 18, n * 90}, {64, 8, 2, 3}))
+    return e;
+  return finished(launch(box, {1, 64, 48 * 128 + 16}, c, nullptr));
+}
 
 extern "C" __attribute__((visibility("default"))) int run(const char* name, const float* in, float* out, int n, int bug,
                                                           int64_t blocks, int threads, int shared, int cluster) {
@@ -188,13 +290,8 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, cons
              {"matmul_bf16", matmul<bf16>}, {"matmul_fp16", matmul<fp16>},    {"transpose", transpose},
              {"vectors", vectors},          {"cluster_sum", cluster_sum}};
   for (const auto& k : all)
-    if (!strcmp(k.name, name)) {
-      const int code = launch<Call>(k.kernel, {blocks, threads, shared, cluster}, call, nullptr);
-#if !defined(PYFAST_EMULATOR)
-      if (!code) return cudaDeviceSynchronize();
-#endif
-      return code;
-    }
+    if (!strcmp(k.name, name))
+      return finished(launch<Call>(k.kernel, {blocks, threads, shared, cluster}, call, nullptr));
   return -1;
 }
 extern "C" __attribute__((visibility("default"))) const char* error(int code) { return error_string(code); }

@@ -33,16 +33,30 @@ def emulated(tmp_path_factory):
     library = ctypes.CDLL(str(compiled(tmp_path_factory.mktemp("kernels") / "kernels.so")))
     library.error.restype = ctypes.c_char_p
 
-    def run(name, x, out, threads, blocks=1, bug=0, n=None, shared=0, cluster=1, schedule=(0, True), arch=80):
-        library.emulate(schedule[0], 3, schedule[1], arch)
-        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, out))
-        n = x.numel() if n is None else n
-        code = library.run(name.encode(), *pointers, n, bug, ctypes.c_int64(blocks), threads, shared, cluster)
-        assert code != -1, f"there is no kernel {name}"
+    def done(code, out):
         if code:
             raise RuntimeError(library.error(code).decode())
         return out
 
+    def pointers(*tensors):
+        return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+
+    def run(name, x, out, threads, blocks=1, bug=0, n=None, shared=0, cluster=1, schedule=(0, True), arch=80):
+        library.emulate(schedule[0], 3, schedule[1], arch)
+        n = x.numel() if n is None else n
+        code = library.run(name.encode(), *pointers(x, out), n, bug, ctypes.c_int64(blocks), threads, shared, cluster)
+        assert code != -1, f"there is no kernel {name}"
+        return done(code, out)
+
+    def run_product(a, b, out, bug=0, schedule=(0, True)):
+        library.emulate(schedule[0], 3, schedule[1], 90)
+        return done(library.run_product(a.dtype == torch.bfloat16, *pointers(a, b, out), a.shape[1], bug), out)
+
+    def run_box(x, out, schedule=(0, True)):
+        library.emulate(schedule[0], 3, schedule[1], 90)
+        return done(library.run_box(*pointers(x), x.shape[-1], *pointers(out)), out)
+
+    run.product, run.box = run_product, run_box
     return run
 
 
@@ -106,9 +120,28 @@ def cluster_sum(run, **kwargs):
     return out, x.view(2, 4).sum(1, keepdim=True).expand(2, 4).reshape(-1)
 
 
+def product(run, dtype=torch.bfloat16, **kwargs):
+    """By TMA, mbarriers and wgmma; a depth of 328 leaves a tile that is not whole."""
+    a, b = torch.randn(64, 328).to(dtype), torch.randn(128, 328).to(dtype)
+    actual, expected = run.product(a, b, poisoned(64, 128), **kwargs), a.double() @ b.double().T
+    off = (actual.double() - expected).abs() > 1e-4
+    return torch.where(off, actual, expected.float()), expected.float()
+
+
+def product_fp16(run, **kwargs):
+    return product(run, torch.float16, **kwargs)
+
+
+def box(run, **kwargs):
+    """A tile of 4 dimensions that reaches over the tensor's end in two of them."""
+    x = torch.randn(3, 5, 9, 40).half()
+    padded = torch.nn.functional.pad(x.float(), (0, 24, 0, 0, 0, 0))
+    return run.box(x, poisoned(3, 2, 8, 64), **kwargs), padded[:, 2:4, 1:9]
+
+
 KERNELS = (
     reverse, reverse_pairs, warp_sum, warp_scan, atomic_sum, pipeline, matmul_bf16, matmul_fp16, transpose, vectors,
-    cluster_sum,
+    cluster_sum, product, product_fp16, box,
 )  # fmt: skip
 
 
@@ -146,6 +179,15 @@ BUGS = [
     (cluster_sum, 2, "a block that has exited"),
     (cluster_sum, 3, "there is no block 4 in the cluster"),
     (cluster_sum, 4, "ld.shared::cluster"),
+    (product, 1, "mbarrier.* of a barrier that was not initialised"),
+    (product, 2, "more arrivals than the barrier expects|deadlock"),
+    (product, 3, "deadlock|more arrivals"),
+    (product, 4, "deadlock|more arrivals"),
+    (product, 5, "TMA: not aligned to 1024 bytes"),
+    (product, 6, "deadlock|more arrivals"),
+    (product, 7, "deadlock|more arrivals"),
+    (product, 8, None),
+    (product, 9, None),
 ]
 
 

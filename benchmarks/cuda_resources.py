@@ -1,0 +1,128 @@
+"""Tabulates what each CUDA C++ kernel takes on each architecture in `_cuda`, read from the library itself: registers,
+stack, spills (local loads and stores), shared memory, and the instructions that it must, or must not, contain.
+
+    python -m benchmarks.cuda_resources [--write]
+
+Without --write it prints; with it, it writes benchmarks/results/cuda/<architecture>.csv. Exit status 1 where a
+kernel spills or lacks its instructions. Needs cuobjdump (CUDA toolkit, or Triton), no GPU. Shared memory is what the
+launch asks for, from the kernels' own constants, compiled here; that of cross_entropy grows with the row.
+"""
+
+import argparse
+import csv
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results" / "cuda"
+FIELDS = ["kernel", "registers", "stack_bytes", "local_instructions", "shared_bytes", "tensor_core", "async_copies"]
+#: instruction mnemonics in SASS
+LOCAL, TENSOR_CORE, ASYNC_COPY = r"\b(?:LDL|STL)\b", r"\b(?:HMMA|HGMMA)\b", r"\b(?:LDGSTS|UTMALDG)\b"
+BUDGETS = """
+#include <cstdio>
+#include "cuda/attention.cuh"
+using namespace pyfast;
+template <class T, int kDim> void print(const char* type) {
+  using Q = cuda::Tiling<T, kDim, true>; using K = cuda::Tiling<T, kDim, false>;
+  std::printf("attention_kernel<%s, %d %d\\n", type, kDim, Q::shared_bytes(1));
+  std::printf("attention_dq_kernel<%s, %d %d\\n", type, kDim, Q::shared_bytes(2));
+  std::printf("attention_dkv_kernel<%s, %d %d\\n", type, kDim, K::shared_bytes(2));
+}
+template <class T> void widths(const char* type) { print<T, 64>(type); print<T, 128>(type); print<T, 256>(type); }
+int main() { widths<float>("float"); widths<bf16>("bf16"); widths<fp16>("fp16"); }
+"""
+
+
+def cuobjdump() -> str:
+    """The toolkit's, or the one in Triton's package."""
+    found = shutil.which("cuobjdump")
+    if found is None and (triton := importlib.util.find_spec("triton")):
+        found = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if found is None:
+        sys.exit("cuobjdump was not found: it comes with the CUDA toolkit, and with Triton (pip install triton)")
+    return str(found)
+
+
+def output(*command) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def readable(mangled: str) -> str:
+    """A kernel's name and template arguments, without namespaces and parameters."""
+    name = output("c++filt", mangled).strip()
+    name = re.sub(r"pyfast::(cuda::)?|\(anonymous namespace\)::|^void ", "", name)
+    return re.sub(r"\(bool\)|\(int\)", "", re.sub(r"\((?!bool|int).*", "", name))
+
+
+def shared_budgets() -> dict[str, int]:
+    """kernel<type, width -> bytes of dynamic shared memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "budgets.cpp"
+        source.write_text(BUDGETS)
+        program = Path(folder) / "budgets"
+        flags = ["-std=c++20", "-w", "-DPYFAST_EMULATOR", f"-I{ROOT / 'csrc'}"]
+        subprocess.run(["g++", *flags, source, "-o", program], check=True)
+        return {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in output(program).splitlines()}
+
+
+def tables(library: Path) -> dict[str, list[dict]]:
+    """architecture -> rows."""
+    tool, budgets = cuobjdump(), shared_budgets()
+    rows: dict[str, list[dict]] = {}
+    for architecture in sorted(set(re.findall(r"sm_\d+a?", output(tool, "--list-elf", library)))):
+        usage = output(tool, "--dump-resource-usage", "-arch", architecture, library)
+        sass = output(tool, "-sass", "-arch", architecture, library)
+        bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.S))
+        for mangled, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
+            body, name = bodies.get(mangled, ""), readable(mangled)
+            if "kernel" not in name:
+                continue  # a function that kernels call
+            local, multiply, copy = (len(re.findall(p, body)) for p in (LOCAL, TENSOR_CORE, ASYNC_COPY))
+            shared = next((size for key, size in budgets.items() if name.startswith(key + ",")), "")
+            values = (name, int(registers), int(stack), local, shared, multiply, copy)
+            rows.setdefault(architecture, []).append(dict(zip(FIELDS, values, strict=True)))
+        rows[architecture].sort(key=lambda row: row["kernel"])
+    return rows
+
+
+def faults(rows: list[dict]) -> list[str]:
+    """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit attention."""
+    found = []
+    for row in rows:
+        attends = re.match(r"attention\w*_kernel<(\w+)", row["kernel"])
+        if row["local_instructions"]:
+            found.append(f"{row['kernel']}: {row['local_instructions']} local loads and stores")
+        if attends and not row["async_copies"]:
+            found.append(f"{row['kernel']}: no asynchronous copies")
+        if attends and attends[1] != "float" and not row["tensor_core"]:
+            found.append(f"{row['kernel']}: no tensor-core instructions")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    library = next((ROOT / "pyfast").glob("_cuda.*so"), None)
+    if library is None:
+        sys.exit("pyfast/_cuda.*.so was not built: install nvcc, then run `make build`")
+    wrong = []
+    for architecture, rows in tables(library).items():
+        if options.write:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+        target = (RESULTS / f"{architecture}.csv").open("w", newline="") if options.write else sys.stdout
+        writer = csv.DictWriter(target, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        wrong += [f"{architecture}: {fault}" for fault in faults(rows)]
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+// The PTX instructions of sm_90a, each in one small function, with its meaning for the emulator: mbarriers, tiles
+// copied by TMA, and wgmma. Operands of wgmma lie K-major in rows of 128 bytes with 128-byte swizzle, as TMA leaves
+// them.
+#pragma once
+#include "cuda/ptx.cuh"
+#if defined(PYFAST_EMULATOR)
+#include "emulator/hopper.h"
+#else
+#include <cuda.h>
+#endif
+
+namespace pyfast::cuda {
+
+// ---- tensor maps, made on the host
+
+#if defined(PYFAST_EMULATOR)
+using TensorMap = simt::TensorMap;
+#else
+using TensorMap = CUtensorMap;
+#endif
+
+// A 16-bit tensor of 2 to 4 dimensions in boxes, dimension 0 first, which is contiguous and, in a box, 128 bytes or
+// less; strides in bytes. 0, or an error code.
+template <int kRank>
+int make_tensor_map(TensorMap& map, DType type, const void* base, const int64_t (&sizes)[kRank],
+                    const int64_t (&strides)[kRank], const int (&box)[kRank]) {
+  static_assert(kRank >= 2 && kRank <= 4);
+#if defined(PYFAST_EMULATOR)
+  (void)type;
+  map = {static_cast<const uint8_t*>(base), kRank, 2, {}, {}, {}, true};
+  for (int i = 0; i < kRank; ++i) map.sizes[i] = sizes[i], map.strides[i] = strides[i], map.box[i] = box[i];
+  return simt::encode_tensor_map(map);
+#else
+  void* encode = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (int e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found))
+    return e;
+  cuuint64_t n[kRank], pitch[kRank];
+  cuuint32_t boxes[kRank], steps[kRank];
+  for (int i = 0; i < kRank; ++i) n[i] = sizes[i], pitch[i] = strides[i], boxes[i] = box[i], steps[i] = 1;
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
+      &map, type == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank,
+      const_cast<void*>(base), n, pitch + 1, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+#endif
+}
+
+// ---- mbarriers
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
+#if defined(PYFAST_EMULATOR)
+  simt::mbarrier_init(barrier, arrivals);
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+// After the inits, before TMA or other blocks use the barriers
+__device__ __forceinline__ void fence_mbarrier_init() {
+#if !defined(PYFAST_EMULATOR)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+#if defined(PYFAST_EMULATOR)
+  simt::mbarrier_arrive(barrier, 0);
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+// Arrives, and announces bytes that TMA will bring
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+#if defined(PYFAST_EMULATOR)
+  simt::mbarrier_arrive(barrier, bytes);
+#else
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+// Until the phase of this parity has ended: the first has parity 0
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+#if defined(PYFAST_EMULATOR)
+  simt::mbarrier_wait(barrier, parity);
+#else
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN%=;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// ---- TMA: the box at coordinates x, y, ..., dimension 0 first; one thread asks for it. `shared` at a multiple of
+// 1024.
+template <int kRank>
+__device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uint64_t* barrier,
+                                         const int (&at)[kRank]) {
+#if defined(PYFAST_EMULATOR)
+  int all[4] = {};
+  for (int i = 0; i < kRank; ++i) all[i] = at[i];
+  simt::tma_load(shared, map, barrier, all);
+#else
+  const uint32_t to = shared_address(shared), b = shared_address(barrier);
+  if constexpr (kRank == 2)
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            to),
+        "l"(map), "r"(b), "r"(at[0]), "r"(at[1])
+        : "memory");
+  else if constexpr (kRank == 3)
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(b), "r"(at[0]), "r"(at[1]), "r"(at[2])
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(b), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+        : "memory");
+#endif
+}
+
+// ---- wgmma
+
+// Of a tile in rows of 128 bytes, 8 rows to a group of 1024 bytes; 16 elements further in depth is 32 bytes further
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared) {
+#if defined(PYFAST_EMULATOR)
+  const uint64_t address = static_cast<const uint8_t*>(shared) - simt::current->block->shared;
+#else
+  const uint64_t address = shared_address(shared);
+#endif
+  return (address & 0x3FFFF) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+// Before the first product, and after registers of a product were written
+__device__ __forceinline__ void wgmma_fence() {
+#if !defined(PYFAST_EMULATOR)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wgmma_commit() {
+#if defined(PYFAST_EMULATOR)
+  simt::commit_deferred();
+#else
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kLeft>
+__device__ __forceinline__ void wgmma_wait() {
+#if defined(PYFAST_EMULATOR)
+  simt::wait_deferred(kLeft);
+#else
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// d (64 x 128) += a (64 x 16) b (128 x 16)^T by a warp group. A thread of warp w holds rows 16 w + lane / 4 and 8
+// below, columns 8 j + 2 (lane % 4) and the next: d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].
+template <class T>
+__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
+#if defined(PYFAST_EMULATOR)
+  float* const to = d;
+  simt::defer([=] {
+    const int lane = simt::current->lane, row = simt::current->linear / 32 % 4 * 16 + lane / 4;
+    const auto element = [](uint64_t descriptor, int r, int k) {
+      return to_float(*static_cast<const T*>(simt::descriptor_element(descriptor, r, k)));
+    };
+    for (int i = 0; i < 64; ++i) {
+      const int r = row + i % 4 / 2 * 8, c = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = 0.f;
+      for (int k = 0; k < 16; ++k) sum += element(a, r, k) * element(b, c, k);
+      to[i] += sum;
+    }
+  });
+#else
+#define PYFAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PYFAST_WGMMA(types)                                                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                                    \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"  \
+               "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"  \
+               "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, 0;"                            \
+               : PYFAST_D4(0), PYFAST_D4(4), PYFAST_D4(8), PYFAST_D4(12), PYFAST_D4(16), PYFAST_D4(20), PYFAST_D4(24), \
+                 PYFAST_D4(28), PYFAST_D4(32), PYFAST_D4(36), PYFAST_D4(40), PYFAST_D4(44), PYFAST_D4(48),             \
+                 PYFAST_D4(52), PYFAST_D4(56), PYFAST_D4(60)                                                           \
+               : "l"(a), "l"(b))
+  if constexpr (std::is_same_v<T, bf16>)
+    PYFAST_WGMMA("bf16.bf16");
+  else
+    PYFAST_WGMMA("f16.f16");
+#undef PYFAST_WGMMA
+#undef PYFAST_D4
+#endif
+}
+
+}  // namespace pyfast::cuda

@@ -1,0 +1,137 @@
+#include "emulator/hopper.h"
+
+#include <array>
+#include <utility>
+
+namespace simt {
+namespace {
+
+struct State {
+  uint16_t arrivals, pending;
+  int32_t bytes : 31;
+  uint32_t phase : 1;
+};
+static_assert(sizeof(State) == 8);
+
+State* state_of(uint64_t* barrier, const char* what) {
+  check_shared(barrier, 8, 8, what);
+  auto* s = reinterpret_cast<State*>(barrier);
+  if (s->arrivals == 0xFFFF) fail(std::string(what) + " of a barrier that was not initialised");
+  return s;
+}
+
+void end_if_complete(State& s) {
+  if (s.pending || s.bytes) return;
+  s.pending = s.arrivals;
+  s.phase ^= 1;
+}
+
+void copy_tile(const TensorMap& m, const int (&begin)[4], uint8_t* to, uint8_t* shared, State& s) {
+  uint8_t* const first = to;
+  int at[4];
+  for (at[3] = 0; at[3] < m.box[3]; ++at[3])
+    for (at[2] = 0; at[2] < m.box[2]; ++at[2])
+      for (at[1] = 0; at[1] < m.box[1]; ++at[1])
+        for (at[0] = 0; at[0] < m.box[0]; ++at[0], to += m.element_bytes) {
+          bool inside = true;
+          int64_t offset = 0;
+          for (int i = 0; i < 4; ++i) {
+            const int64_t x = int64_t(begin[i]) + at[i];
+            inside = inside && x >= 0 && x < m.sizes[i];
+            offset += x * m.strides[i];
+          }
+          uint64_t place = to - shared;
+          if (m.swizzled) place ^= (place >> 7 & 7) << 4;
+          if (inside)
+            memcpy(shared + place, m.base + offset, m.element_bytes);
+          else
+            memset(shared + place, 0, m.element_bytes);
+        }
+  s.bytes -= int(to - first);
+  end_if_complete(s);
+}
+
+}  // namespace
+
+void mbarrier_init(uint64_t* barrier, int arrivals) {
+  check_shared(barrier, 8, 8, "mbarrier.init");
+  if (arrivals < 1 || arrivals > 1024) fail("mbarrier.init for " + std::to_string(arrivals) + " arrivals");
+  const State s{uint16_t(arrivals), uint16_t(arrivals), 0, 0};
+  memcpy(barrier, &s, 8);
+}
+
+void mbarrier_arrive(uint64_t* barrier, int bytes) {
+  State* s = state_of(barrier, "mbarrier.arrive");
+  if (s->pending == 0) fail("mbarrier.arrive: more arrivals than the barrier expects");
+  s->bytes += bytes;
+  --s->pending;
+  end_if_complete(*s);
+}
+
+void mbarrier_wait(uint64_t* barrier, int parity) {
+  State* s = state_of(barrier, "mbarrier.try_wait");
+  auto& transfers = current->block->transfers;
+  wait_until(
+      [=, &transfers] {
+        if (int(s->phase) != parity) return true;
+        for (size_t i = 0; i < transfers.size(); ++i)
+          if (transfers[i].barrier == s) {  // the oldest of its tiles arrives
+            const Transfer t = transfers[i];
+            transfers.erase(transfers.begin() + i);
+            t.finish();
+            break;
+          }
+        return int(s->phase) != parity;
+      },
+      "an mbarrier");
+}
+
+int encode_tensor_map(TensorMap& m) {
+  for (int i = m.rank; i < 4; ++i) m.sizes[i] = m.box[i] = 1, m.strides[i] = 0;
+  m.strides[0] = m.element_bytes;
+  if (reinterpret_cast<uintptr_t>(m.base) % 16 || m.box[0] * m.element_bytes % 16) return 1;
+  if (m.swizzled && m.box[0] * m.element_bytes > 128) return 1;
+  for (int i = 0; i < m.rank; ++i)
+    if (m.box[i] < 1 || m.box[i] > 256 || m.sizes[i] < 1 || (i && m.strides[i] % 16)) return 1;
+  return 0;
+}
+
+void tma_load(void* to, const TensorMap* map, uint64_t* barrier, const int (&at)[4]) {
+  const int bytes = map->box[0] * map->box[1] * map->box[2] * map->box[3] * map->element_bytes;
+  check_shared(to, bytes, map->swizzled ? 1024 : 128, "TMA");
+  // the map by value: it is a kernel's argument, and this copy of it may be gone when the tile arrives
+  auto finish = [m = *map, begin = std::array{at[0], at[1], at[2], at[3]}, to = static_cast<uint8_t*>(to),
+                 shared = current->block->shared, s = state_of(barrier, "TMA")] {
+    copy_tile(m, {begin[0], begin[1], begin[2], begin[3]}, to, shared, *s);
+  };
+  if (!options().lazy) return finish();
+  memset(to, 0xFF, bytes);  // in flight: what is there is garbage
+  current->block->transfers.push_back({barrier, finish});
+}
+
+void defer(std::function<void()> work) {
+  if (options().lazy)
+    current->deferred.back().push_back(std::move(work));
+  else
+    work();
+}
+void commit_deferred() { current->deferred.emplace_back(); }
+void wait_deferred(int left) {
+  auto& groups = current->deferred;  // the last one is open
+  while (int(groups.size()) - 1 > left) {
+    for (const auto& work : groups.front()) work();
+    groups.erase(groups.begin());
+  }
+}
+
+const void* descriptor_element(uint64_t descriptor, int row, int k) {
+  if (descriptor >> 62 != 1) fail("wgmma: only operands with 128-byte swizzle are emulated");
+  const uint64_t start = (descriptor & 0x3FFF) << 4, group = (descriptor >> 32 & 0x3FFF) << 4;
+  uint64_t at = start + row / 8 * group + row % 8 * 128 + k * 2;
+  at ^= (at >> 7 & 7) << 4;
+  const uint8_t* p = current->block->shared + at;
+  check_shared(p, 2, 2, "a wgmma operand");
+  return p;
+}
+
+}  // namespace simt
