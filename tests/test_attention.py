@@ -44,7 +44,7 @@ CASES = {
     "padding": ((3, 2, 1, 50, 90, 32), {"mask": "random"}),
     "padding-causal": ((2, 2, 1, 90, 90, 32), {"mask": "padded", "causal": True}),
     "no-key": ((2, 2, 1, 30, 40, 16), {"mask": "none"}),
-    "no-key-but-sink": ((2, 8, 2, 30, 40, 16), {"mask": "none", "sinks": 0.0}),
+    "no-key-but-sink": ((4, 32, 8, 30, 40, 16), {"mask": "none", "sinks": 0.0}),
     "dropout": ((2, 2, 1, 67, 71, 32), {"dropout_p": 0.3, "seed": 11}),
     "dropout-causal": ((1, 2, 2, 70, 70, 32), {"dropout_p": 0.1, "seed": 2**62 + 5, "causal": True, "sinks": 0.0}),
     "lse": ((2, 2, 1, 40, 50, 32), {"return_lse": True}),
