@@ -83,6 +83,6 @@ def sweep(path: Path, op: str, axis: str, rows: list[dict]) -> str:
         axes.set_xticks(sorted({row["x"] for row in rows}), sorted({row["x"] for row in rows}))
         axes.minorticks_off()
     time.set_title(f"{op}, {rows[0]['dtype']}, forward + backward")
-    memory.legend(fontsize=8)
+    time.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     return path.name

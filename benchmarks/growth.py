@@ -24,7 +24,7 @@ WIDTH = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 1
 BASE = {"layers": 2, "batch": 1, "length": 512, "vocabulary": 8000}
 #: what is varied -> its values
 SERIES = {"layers": (2, 4, 8, 16), "batch": (2, 4, 8, 16), "length": (1024, 2048, 4096, 8192)}
-STEPS = 7
+STEPS = 5
 
 
 def measure_step(dtype: str, width: dict, layers: int, batch: int, length: int, vocabulary: int) -> dict:
