@@ -135,6 +135,18 @@ def _matmul_down(n, dtype):
     return matmul(x, weight.T, dtype, dropout=(_seed(), 0.1, (4096, 1)), drop_a=True)
 
 
+def _adapter_gradients(rank, dtype):
+    """Of a projection to 4096 columns with a bias."""
+    from pyfast.kernels.lora import adapter_gradients
+
+    d, lora_B = _randn(8192, 4096, dtype=dtype), _randn(4096, rank, dtype=dtype)
+    return adapter_gradients(d, lora_B, _fp32(8192, rank), low=True, db=True, dbias=True)
+
+
+def _dropout(n, dtype):
+    return launch.launchers()["dropout"](_randn(4096, n, dtype=dtype), _seed(), 0.1)
+
+
 def _dequantize(n, dtype):
     codes = torch.randint(256, (4096 * n // 2, 1), dtype=torch.uint8)
     levels = [i / 16 for i in range(16)]
@@ -181,7 +193,14 @@ CASES = {
     "norm_kernel": Case(8192, {"": _norm}, _elements(4 * 2 * 4096)),
     "norm_backward_kernel": Case(8192, {"": _norm_backward}, _elements(4 * 2 * 4096)),
     "rope_kernel": Case(128, {"": _rope}, _elements(2 * 2 * 4 * 2048 * 32)),
+    "attention_dbias_kernel": Case(128, {"everything": _BACKWARD["everything"]}, _attention_work(2, 2, 2)),
+    "dropout_kernel": Case(4096, {"": _dropout}, _elements(2 * 2 * 4096)),
     "dequantize_kernel": Case(4096, {"": _dequantize}, _elements((0.5 + 4 / 64 + 2) * 4096)),
+    "adapter_gradients_kernel": Case(
+        32,
+        {"": _adapter_gradients},
+        lambda rank: (2 * 2 * 8192 * 4096 * rank, 2 * (8192 * 4096 + 4096 * rank) + 8 * (8192 + 4096) * rank),
+    ),
     "matmul_kernel": Case(
         4096,
         {"y": _matmul, "dx with dropout": partial(_matmul, dx=True), "h with dropout": _matmul_down},
@@ -192,7 +211,15 @@ CASES = {
     "attention_dkv_kernel": Case(128, _BACKWARD, _attention_work(4, 2, 4)),
 }
 #: kernels that multiply matrices
-MATRIX = {"matmul_kernel", "exponentials_kernel", "attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"}
+MATRIX = {
+    "adapter_gradients_kernel",
+    "attention_dbias_kernel",
+    "attention_dkv_kernel",
+    "attention_dq_kernel",
+    "attention_kernel",
+    "exponentials_kernel",
+    "matmul_kernel",
+}
 
 
 def classes(kernel: str, architecture: str) -> list[tuple[int | None, int]]:

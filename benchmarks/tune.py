@@ -46,7 +46,10 @@ SPACE: dict[str, dict[str, list[int]]] = {
     "attention_kernel": {"BLOCK_M": [64, 128], "BLOCK_N": [32, 64, 128], **_TILE},
     "attention_dq_kernel": {"BLOCK_M": [64, 128], "BLOCK_N": [32, 64, 128], **_TILE},
     "attention_dkv_kernel": {"BLOCK_M": [32, 64, 128], "BLOCK_N": [64, 128], **_TILE},
+    "attention_dbias_kernel": {"BLOCK_M": [32, 64, 128], "BLOCK_N": [32, 64], **_TILE},
+    "dropout_kernel": _BLOCKS,
     "dequantize_kernel": _BLOCKS,
+    "adapter_gradients_kernel": {"BLOCK_M": [64, 128, 256], "BLOCK_N": [32, 64, 128], "SPLITS": [4, 8], **_TILE},
     "matmul_kernel": {
         "BLOCK_M": [64, 128],
         "BLOCK_N": [16, 64, 128, 256],  # 16 and 64: where the product has no more columns

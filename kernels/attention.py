@@ -2,7 +2,8 @@
 
 A program of the forward and of the dq pass takes one tile of queries of one head and walks over the keys that it may
 see; one of the dk/dv pass takes one tile of keys of one key/value head and walks over the queries, of all its query
-heads, that may see it. Nothing is added atomically: the same inputs give the same bits.
+heads, that may see it. A bias's gradient is a pass of its own over the tiles of the bias, which sums over the batches,
+heads, queries or keys that share an element. Nothing is added atomically: the same inputs give the same bits.
 
 Packed sequences (cu_seqlens): tile t belongs to the sequence n for which start(n) <= t < start(n + 1), where
 start(n) = cu_seqlens[n] // BLOCK + n. That leaves each sequence enough tiles (a few have no rows) without a count that
@@ -44,6 +45,18 @@ def locate(tile, batch, CU, CU_OTHER, sequences, rows, rows_other, BLOCK: tl.con
         length_other = tl.where(n < sequences, bound(CU_OTHER, n + 1, sequences, rows_other) - other, 0)
         first = (tile - (tl.load(CU + n) // BLOCK + n)) * BLOCK
         return batch * 0, first.to(tl.int32), begin, (end - begin).to(tl.int32), other, length_other.to(tl.int32)
+
+
+@triton.jit
+def visible_range(first, shift, length, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
+    """From where to where, on the other side, rows first to first + BLOCK may see: row i stands at i + shift there, and
+    sees from `before` rows before it to `after` rows after it."""
+    begin, end = 0, length
+    if BEFORE:
+        begin = tl.maximum(0, first + shift - before)
+    if AFTER:
+        end = tl.minimum(length, first + BLOCK + shift + after)
+    return begin, end
 
 
 @triton.jit
@@ -218,11 +231,7 @@ def attention_kernel(
     m = tl.full([BLOCK_M, 1], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M, 1], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin, end = 0, keys
-    if LEFT:
-        begin = tl.maximum(0, first + (keys - queries) - left)
-    if RIGHT:
-        end = tl.minimum(keys, first + BLOCK_M + (keys - queries) + right)
+    begin, end = visible_range(first, keys - queries, keys, left, right, LEFT, RIGHT, BLOCK_M)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)[None, :]
         key_exists, k, v = keys_and_values(K, V, MASK, j, keys, k_stride_n, v_stride_n, DIM, BLOCK_D)
@@ -271,7 +280,6 @@ def attention_dq_kernel(
     DLSE,
     DELTA,
     DQ,
-    DBIAS,
     tiles,
     heads,
     group,
@@ -304,6 +312,7 @@ def attention_dq_kernel(
     right,
     dropout_threshold,
     dropout_scale,
+    BIAS_GRADIENT: tl.constexpr,
     DIM: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LEFT: tl.constexpr,
@@ -312,8 +321,7 @@ def attention_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq, which has out's layout, DELTA, the sum of p dp of each query less the gradient of its lse, and with DBIAS
-    (B, H, Sq, Sk), zeros before, the gradient of the scores."""
+    """dq, which has out's layout, and DELTA, the sum of p dp of each query less the gradient of its lse."""
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
     head = (program // tiles % heads).to(tl.int64)
@@ -340,26 +348,23 @@ def attention_dq_kernel(
     m = tl.load(MAXIMUM + row, mask=i < queries, other=0.0)
     m = tl.where(m == -float("inf"), 0.0, m)
     log_sum = tl.load(LOG_SUM + row, mask=i < queries, other=0.0)
-    begin, end = 0, keys
-    if LEFT:
-        begin = tl.maximum(0, first + (keys - queries) - left)
-    if RIGHT:
-        end = tl.minimum(keys, first + BLOCK_M + (keys - queries) + right)
+    begin, end = visible_range(first, keys - queries, keys, left, right, LEFT, RIGHT, BLOCK_M)
 
+    # from out as it was rounded, delta would not cancel where there are few keys, nor in the long sums of a bias that
+    # is broadcast: there it is summed from the probabilities themselves
+    exact_end = end if BIAS_GRADIENT else tl.where(end - begin <= BLOCK_N, end, begin)
     delta = tl.zeros([BLOCK_M, 1], tl.float32)
-    if DBIAS is None:
+    for start in range(begin, exact_end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        key_exists, k, v = keys_and_values(K, V, MASK, j, keys, k_stride_n, v_stride_n, DIM, BLOCK_D)
+        p, _, dp, _ = probabilities(
+            q, k, v, dout, m, log_sum, row, i, j, queries, keys, key_exists, BIAS, bias_stride_m, bias_stride_n,
+            SEED, dropout_keys, dropout_threshold, dropout_scale, scale, softcap, left, right, SOFTCAP, LEFT, RIGHT,
+        )  # fmt: skip
+        delta += tl.sum(p * dp, 1, keep_dims=True)
+    if exact_end < end:
         out = tl.load(OUT + out_at, mask=inside, other=0.0)
-        delta += tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1, keep_dims=True)
-    else:
-        # from out as it was rounded, delta would not cancel in the long sums of a bias that is broadcast
-        for start in range(begin, end, BLOCK_N):
-            j = start + tl.arange(0, BLOCK_N)[None, :]
-            key_exists, k, v = keys_and_values(K, V, MASK, j, keys, k_stride_n, v_stride_n, DIM, BLOCK_D)
-            p, _, dp, _ = probabilities(
-                q, k, v, dout, m, log_sum, row, i, j, queries, keys, key_exists, BIAS, bias_stride_m, bias_stride_n,
-                SEED, dropout_keys, dropout_threshold, dropout_scale, scale, softcap, left, right, SOFTCAP, LEFT, RIGHT,
-            )  # fmt: skip
-            delta += tl.sum(p * dp, 1, keep_dims=True)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1, keep_dims=True)
     if DLSE is not None:
         delta -= tl.load(DLSE + row, mask=i < queries, other=0.0)
     tl.store(DELTA + row, delta, mask=i < queries)
@@ -372,10 +377,8 @@ def attention_dq_kernel(
             q, k, v, dout, m, log_sum, row, i, j, queries, keys, key_exists, BIAS, bias_stride_m, bias_stride_n,
             SEED, dropout_keys, dropout_threshold, dropout_scale, scale, softcap, left, right, SOFTCAP, LEFT, RIGHT,
         )  # fmt: skip
-        ds = p * (dp - delta)
-        if DBIAS is not None:
-            tl.store(DBIAS + row * total_k + j, ds, mask=(i < queries) & (j < keys))
-        acc = tl.dot((ds * slope).to(k.dtype), k, acc, input_precision="ieee")
+        ds = (p * (dp - delta) * slope).to(k.dtype)
+        acc = tl.dot(ds, k, acc, input_precision="ieee")
     tl.store(DQ + out_at, (acc * scale).to(DQ.dtype.element_ty), mask=(i < queries) & (d < DIM))
 
 
@@ -453,11 +456,7 @@ def attention_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    begin, end = 0, queries
-    if RIGHT:
-        begin = tl.maximum(0, first - (keys - queries) - right)
-    if LEFT:
-        end = tl.minimum(queries, first + BLOCK_N - (keys - queries) + left)
+    begin, end = visible_range(first, queries - keys, queries, right, left, RIGHT, LEFT, BLOCK_N)
     for member in range(0, group):
         head = kv_head * group + member
         q_at = Q + batch * q_stride_b + head * q_stride_h + q_begin * q_stride_m
@@ -488,6 +487,120 @@ def attention_dkv_kernel(
     inside = (at < keys) & (d < DIM)
     tl.store(DK + dk_at, (dk * scale).to(DK.dtype.element_ty), mask=inside)
     tl.store(DV + dk_at, dv.to(DV.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention_dbias_kernel(
+    Q,
+    K,
+    V,
+    MASK,
+    BIAS,
+    SEED,
+    DOUT,
+    MAXIMUM,
+    LOG_SUM,
+    DELTA,
+    DBIAS,
+    heads,
+    group,
+    queries,
+    keys,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_m,
+    bias_stride_n,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_m,
+    bias_batches,
+    bias_heads,
+    bias_queries,
+    bias_keys,
+    members,
+    head_members,
+    members_per_split,
+    scale,
+    softcap,
+    left,
+    right,
+    dropout_threshold,
+    dropout_scale,
+    SHARED_QUERIES: tl.constexpr,
+    SHARED_KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """DBIAS (splits, bias_batches, bias_heads, bias_queries, bias_keys): the gradient of a tile of the bias, over the
+    split's part of the `members`, the (batch, head) that share it. SHARED_QUERIES, SHARED_KEYS: over all of these
+    too."""
+    tiles_m, tiles_n = tl.cdiv(bias_queries, BLOCK_M), tl.cdiv(bias_keys, BLOCK_N)
+    tile_n, rest = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n
+    tile_m, rest = rest % tiles_m, rest // tiles_m
+    bias_head, rest = rest % bias_heads, rest // bias_heads
+    bias_batch, split = rest % bias_batches, rest // bias_batches
+    d = tl.arange(0, BLOCK_D)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for member in range(split * members_per_split, tl.minimum(members, (split + 1) * members_per_split)):
+        head = (bias_head + member % head_members).to(tl.int64)
+        batch = (bias_batch + member // head_members).to(tl.int64)
+        q_at = Q + batch * q_stride_b + head * q_stride_h
+        k_at = K + batch * k_stride_b + head // group * k_stride_h
+        v_at = V + batch * v_stride_b + head // group * v_stride_h
+        dout_at = DOUT + batch * dout_stride_b + head * dout_stride_h
+        bias = BIAS + batch * bias_stride_b + head * bias_stride_h
+        if MASK is not None:
+            mask = MASK + batch * keys
+        else:
+            mask = MASK
+        first_m, last_m = tile_m * BLOCK_M, tile_m * BLOCK_M + 1
+        if SHARED_QUERIES:
+            last_m = queries
+        for start_m in range(first_m, last_m, BLOCK_M):
+            i = start_m + tl.arange(0, BLOCK_M)[:, None]
+            row = (batch * heads + head) * queries + i
+            inside = (i < queries) & (d < DIM)
+            q = tl.load(q_at + i.to(tl.int64) * q_stride_m + d, mask=inside, other=0.0)
+            dout = tl.load(dout_at + i.to(tl.int64) * dout_stride_m + d, mask=inside, other=0.0)
+            m = tl.load(MAXIMUM + row, mask=i < queries, other=0.0)
+            m = tl.where(m == -float("inf"), 0.0, m)
+            log_sum = tl.load(LOG_SUM + row, mask=i < queries, other=0.0)
+            delta = tl.load(DELTA + row, mask=i < queries, other=0.0)
+            first_n, last_n = tile_n * BLOCK_N, tile_n * BLOCK_N + 1
+            if SHARED_KEYS:
+                last_n = keys
+            for start_n in range(first_n, last_n, BLOCK_N):
+                j = start_n + tl.arange(0, BLOCK_N)[None, :]
+                key_exists, k, v = keys_and_values(k_at, v_at, mask, j, keys, k_stride_n, v_stride_n, DIM, BLOCK_D)
+                p, _, dp, _ = probabilities(
+                    q, k, v, dout, m, log_sum, row, i, j, queries, keys, key_exists, bias, bias_stride_m, bias_stride_n,
+                    SEED, keys, dropout_threshold, dropout_scale, scale, softcap, left, right, SOFTCAP, LEFT, RIGHT,
+                )  # fmt: skip
+                acc += p * (dp - delta)
+    i, j = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None], tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    if SHARED_QUERIES:
+        acc = tl.sum(acc, 0, keep_dims=True)
+        i = tl.zeros([1, 1], tl.int32)
+    if SHARED_KEYS:
+        acc = tl.sum(acc, 1, keep_dims=True)
+        j = tl.zeros([1, 1], tl.int32)
+    matrix = ((split * bias_batches + bias_batch) * bias_heads + bias_head).to(tl.int64)
+    at = (matrix * bias_queries + i) * bias_keys + j
+    tl.store(DBIAS + at, acc, mask=(i < bias_queries) & (j < bias_keys))
 
 
 def _rows_first(like):
@@ -581,8 +694,6 @@ def attention_backward(
     shape = _Shape(q, k, v, attn_bias, cu_seqlens_q, max_seqlen_k, scale, softcap, left, right, dropout_p)
     dq, dk, dv = _rows_first(q), _rows_first(k), _rows_first(k)
     delta, mask = torch.empty_like(maximum), _mask_bytes(attention_mask)
-    full = (*q.shape[:-1], shape.keys)
-    dscores = q.new_zeros(full, dtype=torch.float32) if bias_gradient else None
     tile = launch.tile(attention_dq_kernel, q.device, shape.constants["BLOCK_D"])
     tiles = shape.tiles(shape.queries, tile["BLOCK_M"])
     launch.run(
@@ -603,7 +714,6 @@ def attention_backward(
         dlse,
         delta,
         dq,
-        dscores,
         tiles,
         shape.heads,
         *shape.sizes,
@@ -611,6 +721,7 @@ def attention_backward(
         *_strides(out, shape.packed),
         *_strides(dout, shape.packed),
         *shape.options,
+        BIAS_GRADIENT=bias_gradient,
         **shape.constants,
         **tile,
     )
@@ -650,5 +761,54 @@ def attention_backward(
         dsinks = -(p * delta).sum(1 if shape.packed else (0, 2))
     dbias = q.new_empty(0, dtype=torch.float32)
     if bias_gradient:
-        dbias = dscores.sum_to_size(attn_bias.shape)
+        dbias = _bias_gradient(shape, q, k, v, mask, attn_bias, seed, dout, maximum, log_sum, delta)
     return dq, dk, dv, dsinks, dbias
+
+
+#: programs that a GPU has room for: a small bias, which many heads share, is summed by more than its tiles
+_PROGRAMS = 512
+
+
+def _bias_gradient(shape, q, k, v, mask, attn_bias, seed, dout, maximum, log_sum, delta):
+    """fp32, of attn_bias's shape."""
+    batches, heads, queries, keys = attn_bias.shape
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(attn_bias, dtype=torch.float32, memory_format=torch.contiguous_format)
+    tile = launch.tile(attention_dbias_kernel, q.device, shape.constants["BLOCK_D"])
+    programs = batches * heads * triton.cdiv(queries, tile["BLOCK_M"]) * triton.cdiv(keys, tile["BLOCK_N"])
+    head_members = shape.heads // heads
+    members = shape.batch // batches * head_members
+    members_per_split = triton.cdiv(members, min(members, max(1, _PROGRAMS // programs)))
+    splits = triton.cdiv(members, members_per_split)
+    dbias = q.new_empty((splits, *attn_bias.shape), dtype=torch.float32)
+    launch.run(
+        attention_dbias_kernel,
+        programs * splits,
+        q,
+        k,
+        v,
+        mask,
+        attn_bias,
+        seed,
+        dout,
+        maximum,
+        log_sum,
+        delta,
+        dbias,
+        shape.heads,
+        shape.heads // shape.kv_heads,
+        shape.queries,
+        shape.keys,
+        *shape.strides,
+        *_strides(dout, shape.packed),
+        *attn_bias.shape,
+        members,
+        head_members,
+        members_per_split,
+        *shape.options,
+        SHARED_QUERIES=queries < shape.queries,
+        SHARED_KEYS=keys < shape.keys,
+        **shape.constants,
+        **tile,
+    )
+    return dbias.sum(0)

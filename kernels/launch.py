@@ -12,7 +12,9 @@ import torch
 
 from pyfast.kernels.tiles import TILES
 
-_MODULES = ("activation", "attention", "cross_entropy", "linear_cross_entropy", "lora", "norm", "quantized", "rope")
+_MODULES = (
+    "activation", "attention", "cross_entropy", "dropout", "linear_cross_entropy", "lora", "norm", "quantized", "rope",
+)  # fmt: skip
 _launchers: dict = {}
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from pyfast.kernels import launch
 from pyfast.kernels.cross_entropy import softcapped
-from pyfast.kernels.lora import matmul
+from pyfast.kernels.lora import adapter_gradients, matmul
 
 
 @triton.jit
@@ -299,15 +299,16 @@ def linear_cross_entropy(
         d = chunk.logits_gradient(upstream[at], x.dtype)
         if need_weight:
             matmul(d.T, x, torch.float32, out=dweight, add=dweight, alpha=logit_scale)
+        need_low, adapter = lora_A is not None and (need_x or need_A), None
+        low, of_B, of_bias = adapter_gradients(d, lora_B, h, low=need_low, db=need_B, dbias=need_bias)
         if need_bias:
-            dbias += d.sum(0, dtype=torch.float32) * logit_scale
+            dbias += of_bias * logit_scale
         if need_B:
-            dB += matmul(d.T, h, torch.float32, alpha=scaling * logit_scale, split=True)
-        adapter = None
-        if lora_A is not None and (need_x or need_A):
-            adapter = (matmul(d, lora_B, torch.float32), lora_A, scaling * logit_scale)
+            dB += of_B * (scaling * logit_scale)
+        if low is not None:
+            adapter = (low, lora_A, scaling * logit_scale)
         if need_A:
-            dA += matmul(x.T, adapter[0], torch.float32, alpha=scaling * logit_scale, split=True).T
+            dA += matmul(x.T, low, torch.float32, alpha=scaling * logit_scale, split=True).T
         if need_x:
             out = torch.zeros_like(x)
             dx[at] = matmul(d, linear_weight, x.dtype, out=out, adapter=adapter, alpha=logit_scale, limit=limit)

@@ -4,7 +4,9 @@
 
 in which the adapter's product U V rides in the epilogue of the large one, and dropout, replayed from its seed, acts on
 A (x, before lora_A) or on U V (in dx). A gradient of an adapter sums over all rows into a small matrix: there the sum
-is split, each part goes to its own place, and torch adds the parts in a fixed order.
+is split, each part goes to its own place, and torch adds the parts in a fixed order. What an adapter and a bias need of
+dy, dy lora_B, dyᵀ h and the sum of its rows, is one pass over it; without dropout, the projections of one x share one
+product with it forward (with every lora_A) and one backward (for the gradient of every lora_A).
 """
 
 import torch
@@ -171,50 +173,163 @@ def matmul(
     return out if splits == 1 else out.copy_(c.sum(0))
 
 
+@triton.jit
+def adapter_gradients_kernel(
+    D,
+    LORA_B,
+    H,
+    LOW,
+    DB,
+    DBIAS,
+    rows,
+    columns,
+    rank,
+    columns_per_split,
+    d_stride_m,
+    d_stride_n,
+    b_stride_n,
+    b_stride_r,
+    h_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A program reads a strip of rows of D (rows, columns) in its part of the columns, once. LOW (splits, rows, rank):
+    D LORA_B over the part; DB (strips, columns, rank) and DBIAS (strips, columns): Dᵀ H and the sum of D over the
+    strip."""
+    strips = tl.cdiv(rows, BLOCK_M)
+    strip, split = (tl.program_id(0) % strips).to(tl.int64), (tl.program_id(0) // strips).to(tl.int64)
+    row = strip * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    r = tl.arange(0, BLOCK_R)[None, :]
+    low = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if DB is not None:
+        h = tl.load(H + row * h_stride + r, mask=(row < rows) & (r < rank), other=0.0).to(D.dtype.element_ty)
+    end = tl.minimum(columns, (split + 1) * columns_per_split)
+    for start in range(split * columns_per_split, end, BLOCK_N):
+        across, down = start + tl.arange(0, BLOCK_N)[None, :], start + tl.arange(0, BLOCK_N)[:, None]
+        d = tl.load(D + row * d_stride_m + across * d_stride_n, mask=(row < rows) & (across < end), other=0.0)
+        if LOW is not None:
+            b = tl.load(LORA_B + down * b_stride_n + r * b_stride_r, mask=(down < end) & (r < rank), other=0.0)
+            low = tl.dot(d, b.to(d.dtype), low, input_precision="ieee")
+        if DB is not None:
+            db = tl.dot(tl.trans(d), h, input_precision="ieee")
+            tl.store(DB + (strip * columns + down) * rank + r, db, mask=(down < end) & (r < rank))
+        if DBIAS is not None:
+            dbias = tl.sum(d.to(tl.float32), 0, keep_dims=True)
+            tl.store(DBIAS + strip * columns + across, dbias, mask=across < end)
+    if LOW is not None:
+        tl.store(LOW + (split * rows + row) * rank + r, low, mask=(row < rows) & (r < rank))
+
+
+#: a program holds all of an adapter's rank; a larger one takes products of its own
+MOST_RANK = 128
+
+
+def adapter_gradients(d, lora_B, h, *, low=False, db=False, dbias=False):
+    """(d lora_B (rows, rank), dᵀ h (columns, rank), the sum of d's rows (columns,)) of d (rows, columns), fp32, in one
+    pass over d; None for what is not asked for. h (rows, rank) fp32 has unit stride in rank."""
+    if not (low or db or dbias) or lora_B is None or lora_B.shape[1] > MOST_RANK or d.numel() == 0:
+        return (
+            matmul(d, lora_B, torch.float32) if low else None,
+            matmul(d.T, h, torch.float32, split=True) if db else None,
+            d.sum(0, dtype=torch.float32) if dbias else None,
+        )
+    (rows, columns), rank = d.shape, lora_B.shape[1]
+    tile = dict(launch.tile(adapter_gradients_kernel, d.device, rank))
+    splits = max(1, min(tile.pop("SPLITS"), triton.cdiv(columns, tile["BLOCK_N"])))
+    columns_per_split = triton.cdiv(triton.cdiv(columns, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
+    strips = triton.cdiv(rows, tile["BLOCK_M"])
+    shapes = ((splits, rows, rank), (strips, columns, rank), (strips, columns))
+    parts = [
+        d.new_empty(shape, dtype=torch.float32) if asked else None
+        for shape, asked in zip(shapes, (low, db, dbias), strict=True)
+    ]
+    launch.run(
+        adapter_gradients_kernel,
+        strips * splits,
+        d,
+        lora_B,
+        h,
+        *parts,
+        rows,
+        columns,
+        rank,
+        columns_per_split,
+        *d.stride(),
+        *lora_B.stride(),
+        0 if h is None else h.stride(0),
+        BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        **tile,
+    )
+    return tuple(part if part is None else part.sum(0) for part in parts)
+
+
 def _projections(weight, lora_A, lora_B, scaling, bias, seed):
     return list(zip(weight, lora_A, lora_B, scaling, bias, seed, strict=True))
 
 
 def _forward(x, projections, dropout_p):
     """(results, h) of lora_linears."""
-    ranks = [0 if p[1] is None else len(p[1]) for p in projections]
-    h = x.new_empty((len(x), sum(ranks)), dtype=torch.float32)
-    parts, results = h.split(ranks, 1), []
+    adapters = [p[1] for p in projections if p[1] is not None]
+    if adapters and dropout_p == 0:
+        h = matmul(x, adapters[0].T if len(adapters) == 1 else torch.cat(adapters).T, torch.float32)
+    else:
+        h = x.new_empty((len(x), sum(map(len, adapters))), dtype=torch.float32)
+    parts, results = h.split([0 if p[1] is None else len(p[1]) for p in projections], 1), []
     for (weight, lora_A, lora_B, scaling, bias, seed), part in zip(projections, parts, strict=True):
         adapter = None
         if lora_A is not None:
-            dropout = (seed, dropout_p, (x.shape[1], 1)) if dropout_p > 0 else None
-            matmul(x, lora_A.T, torch.float32, out=part, dropout=dropout, drop_a=True)
+            if dropout_p > 0:
+                dropout = (seed, dropout_p, (x.shape[1], 1))
+                matmul(x, lora_A.T, torch.float32, out=part, dropout=dropout, drop_a=True)
             adapter = (part, lora_B.T, scaling)
         results.append(matmul(x, weight.T, x.dtype, bias=bias, adapter=adapter))
     return results, h
+
+
+def _gradients_of_A(x, lows, projections, dropout_p, needed):
+    """Of each projection, xᵀ dy lora_B (K, r) fp32 from `lows`, its dy lora_B; None where not needed."""
+    if dropout_p == 0 and any(needed):
+        present = [low for low in lows if low is not None]
+        joined = matmul(x.T, present[0] if len(present) == 1 else torch.cat(present, 1), torch.float32, split=True)
+        return joined.split([0 if low is None else low.shape[1] for low in lows], 1)
+    found = []
+    for low, projection, need in zip(lows, projections, needed, strict=True):
+        dropout = (projection[-1], dropout_p, (1, x.shape[1])) if need else None
+        options = {"dropout": dropout, "drop_a": True, "split": True}
+        found.append(matmul(x.T, low, torch.float32, **options) if need else None)
+    return found
 
 
 def _backward(dy, x, h, projections, dropout_p, wanted):
     """The wanted gradients, of x and then of each projection's weight, lora_A, lora_B and bias."""
     ranks = [0 if p[1] is None else len(p[1]) for p in projections]
     parts = [None] * len(ranks) if h is None else h.split(ranks, 1)
+    need_weight, need_A, need_B, need_bias = (wanted[1 + kind :: 4] for kind in range(4))
+    lows, dB, dbias = zip(
+        *(
+            adapter_gradients(
+                d, p[2], part, low=p[1] is not None and (wanted[0] or need_A[i]), db=need_B[i], dbias=need_bias[i]
+            )
+            for i, (d, p, part) in enumerate(zip(dy, projections, parts, strict=True))
+        ),
+        strict=True,
+    )
+    dA = _gradients_of_A(x, lows, projections, dropout_p, need_A)
     dx, gradients = None, []
-    for i, ((weight, lora_A, lora_B, scaling, bias, seed), part) in enumerate(zip(projections, parts, strict=True)):
-        d, (need_weight, need_A, need_B, need_bias) = dy[i], wanted[1 + 4 * i : 5 + 4 * i]
-        adapter, columns = None, weight.shape[1]
-        if lora_A is not None and (wanted[0] or need_A):
-            adapter = (matmul(d, lora_B, torch.float32), lora_A, scaling)
-        dropout = (seed, dropout_p) if dropout_p > 0 and lora_A is not None else None
+    for i, (weight, lora_A, lora_B, scaling, bias, seed) in enumerate(projections):
         if wanted[0]:
-            last = i == len(projections) - 1
-            drop = dropout and (*dropout, (columns, 1))
-            dx = matmul(d, weight, d.dtype if last else torch.float32, add=dx, adapter=adapter, dropout=drop)
-        if need_weight:
-            gradients.append(matmul(d.T, x, weight.dtype))
-        if need_A:
-            drop = dropout and (*dropout, (1, columns))
-            by_column = matmul(x.T, adapter[0], lora_A.dtype, alpha=scaling, dropout=drop, drop_a=True, split=True)
-            gradients.append(by_column.T.contiguous())
-        if need_B:
-            gradients.append(matmul(d.T, part, lora_B.dtype, alpha=scaling, split=True))
-        if need_bias:
-            gradients.append(d.sum(0, dtype=torch.float32).to(bias.dtype))
+            last, adapter = i == len(projections) - 1, None if lora_A is None else (lows[i], lora_A, scaling)
+            dropout = (seed, dropout_p, (weight.shape[1], 1)) if dropout_p > 0 and lora_A is not None else None
+            dx = matmul(dy[i], weight, dy[i].dtype if last else torch.float32, add=dx, adapter=adapter, dropout=dropout)
+        if need_weight[i]:
+            gradients.append(matmul(dy[i].T, x, weight.dtype))
+        if need_A[i]:
+            gradients.append((dA[i].T * scaling).to(lora_A.dtype).contiguous())
+        if need_B[i]:
+            gradients.append((dB[i] * scaling).to(lora_B.dtype))
+        if need_bias[i]:
+            gradients.append(dbias[i].to(bias.dtype))
     return [dx, *gradients] if wanted[0] else gradients
 
 

@@ -116,9 +116,32 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
             (None, {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
         ],
     },
+    "attention_dbias_kernel": {
+        "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 32})],
+        "default": [  # guess
+            (128, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}),
+        ],
+        "gfx942": [  # guess
+            (128, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+            (None, {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+        ],
+    },
+    "dropout_kernel": {
+        "interpreter": [(None, {"BLOCK": 256})],
+        "default": [(None, {"BLOCK": 1024, "num_warps": 4})],  # guess
+    },
     "dequantize_kernel": {
         "interpreter": [(None, {"BLOCK": 256})],
         "default": [(None, {"BLOCK": 1024, "num_warps": 4})],  # guess
+    },
+    # rank; SPLITS: parts of the columns
+    "adapter_gradients_kernel": {
+        "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 64, "SPLITS": 2})],
+        "default": [  # guess
+            (32, {"BLOCK_M": 128, "BLOCK_N": 64, "SPLITS": 8, "num_warps": 4, "num_stages": 3}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 64, "SPLITS": 4, "num_warps": 4, "num_stages": 2}),
+        ],
     },
     # columns of the product; SPLITS: at most so many parts of a sum over rows
     "matmul_kernel": {

@@ -45,7 +45,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "lora_linear": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "lora_linears": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "lora_mlp": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
-    "dropout": {"cpu": ("cpu", "torch")},
+    "dropout": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
 }
 
 #: ops that multiply matrices

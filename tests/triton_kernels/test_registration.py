@@ -47,6 +47,7 @@ CALLS = {
         (packed_q, None, packed_q, packed_kv, packed_kv, packed_q, packed_sums, packed_sums, *packed, False),
     ],
     "dequantize": [(torch.randint(256, (40, 1), dtype=torch.uint8), torch.rand(5), [0.5] * 16, 1, 80, 1, 16, x.dtype)],
+    "dropout": [(x, seed, 0.3)],
     "linear_cross_entropy": [
         (rows, head, bias[:20], a[0], head[:, :3], row_target, None, *upstream, 1.0, -100, 0.1, None, 2.0, 400, needs)
         for upstream, needs in (([None], [False] * 5), ([torch.rand(7, 2, dtype=torch.float64)], [True] * 5))

@@ -1,0 +1,1 @@
+from test_op_dropout import *  # noqa: F403

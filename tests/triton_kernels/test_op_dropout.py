@@ -1,0 +1,1 @@
+from test_dropout import *  # noqa: F403
