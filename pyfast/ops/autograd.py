@@ -57,13 +57,18 @@ def distinct(*arguments):
     )
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot look into it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under torch.autocast, the tensors in its dtype (matrix ops cast; norms and losses do not); otherwise as they are.
 
     fp64 stays, as in torch's own autocast.
     """
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

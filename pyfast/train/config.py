@@ -25,6 +25,17 @@ def option(default: Any, help: str, **kwargs) -> Any:
     return field(default=default, metadata={"help": help, **kwargs})
 
 
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """ "8GB" -> 8,000,000,000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", text.strip())
+    if found is None or found[2] not in UNITS:
+        raise InputError(f"--memory_budget {text!r} is not a size: write a number and one of {', '.join(UNITS)}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
 @dataclass
 class DataArguments:
     """What to train on; shared by `finetune`, `predict` and `generate`."""
@@ -64,6 +75,9 @@ class PyFastArguments(DataArguments):
     )
     freeze: str | None = option(None, "Regular expression: parameters whose name it finds are not trained.")
     packing: bool = option(False, "Join a batch's rows without padding; no row sees another.")
+    memory_budget: str | None = option(
+        None, "Recompute as few layers in the backward as keep training within this, such as 8GB."
+    )
     early_stopping_patience: int | None = option(None, "Stop after N evaluations without an improvement.")
     stock: bool = option(False, "Run without PyFast's kernels, to compare.")
     strict: bool = option(False, "Refuse to train where a part of the model could not be swapped.")
@@ -102,6 +116,12 @@ class FinetuneArguments(TrainingArguments, PyFastArguments):
             raise InputError(f"--lora_dropout is a share in [0, 1), got {self.lora_dropout}")
         if self.learning_rate is not None and self.learning_rate < 0:
             raise InputError(f"--learning_rate must not be negative, got {self.learning_rate}")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+            if self.gradient_checkpointing:
+                raise InputError(
+                    "--memory_budget chooses the layers, --gradient_checkpointing takes all: give one of them"
+                )
         if self.merge and not self.use_peft:
             raise InputError("--merge folds adapters into the weights, and --use_peft False trains without adapters")
         if not 0 <= self.validation_split < 1:

@@ -18,7 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import data, models
 from .callbacks import Clock, Progress, SaveOnInterrupt, peak_memory_mb
-from .config import FinetuneArguments, InputError, parse_arguments, to_argv
+from .config import FinetuneArguments, InputError, parse_arguments, parse_bytes, to_argv
+from .memory import keep_to_budget
 from .metrics import loss_figure, save_figure
 from .tasks import TASKS, TextGeneration, detect_task
 
@@ -186,6 +187,8 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
         trainer.add_callback(Progress(clock))
 
     before = trainer.scores(validation, metrics) if validation is not None else {}
+    if args.memory_budget is not None:
+        console.print(keep_to_budget(trainer, parse_bytes(args.memory_budget)))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
