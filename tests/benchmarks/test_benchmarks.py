@@ -89,7 +89,7 @@ def test_end_to_end(monkeypatch, capsys, tmp_path):
     for variant in ("stock", "pyfast"):
         assert result[f"{variant}_tokens_per_s"] > 0 and result[f"{variant}_peak_mb"] > 0
     assert {"machine", "versions", "discarded_rounds"} <= set(result)
-    assert result["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert result["ratio"] == pytest.approx(result["pyfast_tokens_per_s"] / result["stock_tokens_per_s"], rel=0.01)
     assert result["data"] == "generated, with the lengths of GSM8K" and result["counted"] == "supervised tokens"
     assert 0 < result["frozen_gemm_share"] < result["gemm_share"]

@@ -45,7 +45,7 @@ def test_every_task_learns_and_reports(models, files, tmp_path, rows, model, tas
     assert record["metrics"]["after"] == result.after
     assert record["seed"] == 1
     assert record["data"]["hashes"]["train"].startswith("sha256:")
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["train"]["tokens_per_second"] > 0
     assert (record["patch"] is None) == stock
     assert stock or record["patch"]["swapped"]
