@@ -50,7 +50,7 @@ __global__ void dbias_kernel(const __grid_constant__ AttentionLaunch l) {
     base += rest % a.dbias_sizes[i] * stride;
     rest /= a.dbias_sizes[i], stride *= full[i];
   }
-  float sum = 0.f;
+  double sum = 0.0;
   for (int64_t term = kBlock ? threadIdx.x : 0; term < terms; term += kBlock ? kReductionThreads : 1) {
     int64_t from = base, left = term;
     stride = 1;
@@ -61,7 +61,7 @@ __global__ void dbias_kernel(const __grid_constant__ AttentionLaunch l) {
     sum += a.dscores[from];
   }
   if (kBlock) sum = block_sum(sum, shared);
-  if (!kBlock || threadIdx.x == 0) a.dbias[at] = sum;
+  if (!kBlock || threadIdx.x == 0) a.dbias[at] = float(sum);
 }
 
 int run(const Attention& a, Pass pass, void* stream) {

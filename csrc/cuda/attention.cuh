@@ -377,17 +377,20 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
 
   float delta[2] = {0.f, 0.f}, maximum[2] = {0.f, 0.f}, log_sum[2] = {0.f, 0.f};
   const int row = p.first + warp * 16 + lane / 4;
-  for (int r = 0; r < 16; ++r) {  // a warp sums one row after the other
+  using Sum = std::conditional_t<sizeof(T) == 4, double, float>;  // dp - delta cancels: fp32 needs delta's last bits
+  for (int r = 0; r < 16; ++r) {                                  // a warp sums one row after the other
     const int i = p.first + warp * 16 + r;
-    float sum = 0.f;
+    Sum terms = 0;
     if (i < p.length) {
       const T *o = row_of<T>(a.out, p.batch, p.head, p.begin + i), *d = row_of<T>(a.dout, p.batch, p.head, p.begin + i);
-      for (int c = lane; c < a.dim; c += 32) sum += to_float(o[c]) * to_float(d[c]);
+      for (int c = lane; c < a.dim; c += 32) terms += Sum(to_float(o[c])) * to_float(d[c]);
     }
-    for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+    for (int by = 16; by; by /= 2) terms += __shfl_xor_sync(~0u, terms, by);
+    float sum = float(terms);
     if (i < p.length && a.dlse) sum -= a.dlse[scores.row + i];
     if (i < p.length && lane == 0) a.delta[scores.row + i] = sum;
-    if (r % 8 == lane / 4) delta[r / 8] = sum;
+    if (r == lane / 4) delta[0] = sum;  // not delta[r / 8]: an index that is not known would put it in local memory
+    if (r == lane / 4 + 8) delta[1] = sum;
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h)

@@ -73,15 +73,15 @@ __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const A& a, in
       multiply_step<T, kDepthFirst>(acc, block, b, column, k);
     }
   } else {
-    // 16 terms at a time, so that rounding errors grow with the square root of a sixteenth of the depth
+    // 8 terms at a time, so that few roundings are of large sums
     const int g = lane / 4, t = lane % 4;
     constexpr int kGroup = kTiles < 8 ? kTiles : 8;
 #pragma unroll
     for (int first = 0; first < kTiles; first += kGroup)
-      for (int begin = 0; begin < kDepth; begin += 16) {
+      for (int begin = 0; begin < kDepth; begin += 8) {
         float part[kGroup][4] = {};
 #pragma unroll 4
-        for (int k = begin; k < begin + 16; ++k) {
+        for (int k = begin; k < begin + 8; ++k) {
           const float upper = a.at(row + g, k), lower = a.at(row + g + 8, k);
 #pragma unroll
           for (int j = 0; j < kGroup; ++j) {
