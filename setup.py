@@ -37,13 +37,15 @@ def extensions() -> list[Extension]:
     if not {"build_ext", "bdist_wheel", "install", "develop", "editable_wheel", "build"} & set(sys.argv):
         return []  # metadata and sdist need neither torch nor a compiler
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
         sys.exit("pyfast: install torch first, then run `pip install --no-build-isolation .`: the build needs it")
     if shutil.which(toolchain.CXX) is None:
         print("pyfast: no C++ compiler (g++) found: installing without native kernels; PyTorch will serve every op")
         return []
     libraries = ["_cpu", "_info"]
+    if "editable_wheel" in sys.argv and torch.version.cuda is None:
+        return as_extensions(libraries)  # nothing here can run CUDA kernels; `make build` compiles them for the tests
     if "bdist_wheel" not in sys.argv:
         libraries.append("_emu")
     cuda = toolchain.find_cuda()
@@ -51,6 +53,10 @@ def extensions() -> list[Extension]:
         libraries.append("_cuda")
     else:
         print(f"pyfast: {cuda}; installing without CUDA C++ kernels")
+    return as_extensions(libraries)
+
+
+def as_extensions(libraries: list[str]) -> list[Extension]:
     return [Extension(f"pyfast.{library}", []) for library in libraries]
 
 
