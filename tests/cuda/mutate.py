@@ -7,19 +7,16 @@ emulator of its own, and runs the named tests in a copy of the package; it is ca
 the survivors' names, if any is not.
 """
 
-import argparse
-import shutil
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils.cpp_extension import TORCH_LIB_PATH
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "tests")]
+import mutations  # noqa: E402
 import toolchain  # noqa: E402
 
 
@@ -119,19 +116,7 @@ MUTATIONS = [
 
 
 def caught(mutation: Mutation) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for part in ("pyfast", "tests"):
-            ignored = shutil.ignore_patterns("__pycache__", "_emu.*", "_cuda.*")
-            shutil.copytree(ROOT / part, copy / part, ignore=ignored, symlinks=True)
-        for part in ("kernels", "csrc"):
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        source = copy / "csrc" / "cuda" / mutation.file
-        text = source.read_text()
-        if text.count(mutation.old) < 1:
-            raise ValueError(f"{mutation.name}: csrc/cuda/{mutation.file} has no {mutation.old!r} any more")
-        source.write_text(text.replace(mutation.old, mutation.new))
+    with mutations.planted(mutation, f"csrc/cuda/{mutation.file}") as copy:
         built = ROOT / toolchain.FOLDER
         replaced = built / f"csrc_cuda_{mutation.kernel}.cu.emulator.o"
         objects = [o for o in sorted(built.glob("*.emulator.o")) if o != replaced]
@@ -143,30 +128,8 @@ def caught(mutation: Mutation) -> bool:
         target = copy / "pyfast" / next((ROOT / "pyfast").glob("_emu.*so")).name
         subprocess.run([toolchain.CXX, "-shared", *objects, copy / "kernel.o", *library, "-o", target], check=True)
         op = mutation.kernel.split("_")[0] if mutation.kernel.startswith("attention") else mutation.kernel
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", mutation.tests]
-        command += ["-m", "slow or not slow", f"tests/cuda/test_op_{op}.py"]
-        result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-        crashed = result.returncode < 0  # by a signal
-        if result.returncode not in (0, 1) and not crashed:
-            raise RuntimeError(f"{mutation.name}: pytest ended with {result.returncode}\n{result.stdout[-2000:]}")
-        return result.returncode != 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="of the mutations; all by default")
-    parser.add_argument("--jobs", type=int, default=2)
-    options = parser.parse_args()
-    chosen = [m for m in MUTATIONS if not options.names or m.name in options.names]
-    survivors = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for mutation, was_caught in zip(chosen, pool.map(caught, chosen), strict=True):
-            print(f"{'caught  ' if was_caught else 'SURVIVED'}  {mutation.kernel}: {mutation.name}", flush=True)
-            if not was_caught:
-                survivors.append(mutation.name)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted errors caught")
-    return 1 if survivors else 0
+        return mutations.fails(copy, mutation, f"tests/cuda/test_op_{op}.py")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(mutations.main(__doc__, MUTATIONS, caught))

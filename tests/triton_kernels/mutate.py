@@ -6,17 +6,12 @@ Each runs the named tests in a copy of the package in which one piece of a kerne
 fail. Exit status 1, with the survivors' names, if any is not.
 """
 
-import argparse
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import mutations
 
 
 class Mutation(NamedTuple):
@@ -126,46 +121,10 @@ MUTATIONS = [
 
 
 def caught(mutation: Mutation) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for part in ("pyfast", "tests"):
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
-        shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        kernel = copy / "kernels" / f"{mutation.file}.py"
-        source = kernel.read_text()
-        if mutation.old not in source:
-            raise ValueError(f"{mutation.name}: kernels/{mutation.file}.py has no {mutation.old!r} any more")
-        kernel.write_text(source.replace(mutation.old, mutation.new))
-        tests = {"philox": "attention", "quantized": "lora"}.get(mutation.file, mutation.file)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", mutation.tests]
-        result = subprocess.run(
-            [*command, f"tests/triton_kernels/test_op_{tests}.py"],
-            cwd=copy,
-            env=os.environ | {"TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if result.returncode not in (0, 1):
-            raise RuntimeError(f"{mutation.name}: pytest ended with {result.returncode}\n{result.stdout[-2000:]}")
-        return result.returncode == 1
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="of the mutations; all by default")
-    parser.add_argument("--jobs", type=int, default=2)
-    options = parser.parse_args()
-    chosen = [m for m in MUTATIONS if not options.names or m.name in options.names]
-    survivors = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for mutation, was_caught in zip(chosen, pool.map(caught, chosen), strict=True):
-            print(f"{'caught  ' if was_caught else 'SURVIVED'}  {mutation.file}: {mutation.name}", flush=True)
-            if not was_caught:
-                survivors.append(mutation.name)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted errors caught")
-    return 1 if survivors else 0
+    op = {"philox": "attention", "quantized": "lora"}.get(mutation.file, mutation.file)
+    with mutations.planted(mutation, f"kernels/{mutation.file}.py") as copy:
+        return mutations.fails(copy, mutation, f"tests/triton_kernels/test_op_{op}.py")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(mutations.main(__doc__, MUTATIONS, caught))

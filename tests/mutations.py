@@ -1,0 +1,58 @@
+"""Plants errors in copies of the project and asks whether the tests catch them: what tests/cuda/mutate.py and
+tests/triton_kernels/mutate.py, which list the errors, have in common."""
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def planted(mutation, file: str):
+    """The folder of a copy of the project, without the CUDA builds, in whose `file` mutation.new stands wherever
+    mutation.old did."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        ignored = shutil.ignore_patterns("__pycache__", "_emu.*", "_cuda.*")
+        for part in ("pyfast", "tests", "kernels", "csrc"):
+            shutil.copytree(ROOT / part, copy / part, ignore=ignored, symlinks=True)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        source = (copy / file).read_text()
+        if mutation.old not in source:
+            raise ValueError(f"{mutation.name}: {file} has no {mutation.old!r} any more")
+        (copy / file).write_text(source.replace(mutation.old, mutation.new))
+        yield copy
+
+
+def fails(copy: Path, mutation, file: str) -> bool:
+    """Whether a test in `file` -k mutation.tests fails in the copy, or crashes. Triton kernels are interpreted."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", mutation.tests, file]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if result.returncode > 1:
+        raise RuntimeError(f"{mutation.name}: pytest ended with {result.returncode}\n{result.stdout[-2000:]}")
+    return result.returncode != 0  # negative where a signal ended it
+
+
+def main(description: str, mutations, caught) -> int:
+    """The command line: 1 if caught(mutation) is false for one of them. A mutation has a name and a file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of the mutations; all by default")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    chosen = [m for m in mutations if not options.names or m.name in options.names]
+    survivors = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutation, was_caught in zip(chosen, pool.map(caught, chosen), strict=True):
+            print(f"{'caught  ' if was_caught else 'SURVIVED'}  {mutation.file}: {mutation.name}", flush=True)
+            if not was_caught:
+                survivors.append(mutation.name)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted errors caught")
+    return 1 if survivors else 0
