@@ -204,10 +204,14 @@ void run_cluster(const Launch& l, size_t number, const std::function<void()>& bo
   const Options& chosen = options();
   if (chosen.order == Order::reverse) std::reverse(order.begin(), order.end());
   std::mt19937 random(chosen.seed + unsigned(number) * 7919u);
+  bool hurry = false;  // nobody moved in a round that some sat out: the next one is for all
   while (!order.empty() && !scheduler.failed) {
     if (chosen.order == Order::random) std::shuffle(order.begin(), order.end(), random);
     bool moved = false, finished = false;
+    // at random, also unfair: half of the warps sit out a round, so that one may run far ahead of another
+    const uint64_t resting = chosen.order == Order::random && !hurry ? random() | uint64_t(random()) << 32 : 0;
     for (Fiber* f : order) {
+      if (resting >> (f->linear / 32 + 7 * f->block->rank) % 64 & 1) continue;
       if (f->phase && *f->phase == f->seen) continue;
       if (f->condition && !(*f->condition)()) continue;
       moved = true;
@@ -217,7 +221,8 @@ void run_cluster(const Launch& l, size_t number, const std::function<void()>& bo
     }
     if (finished)
       order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
-    if (!moved) {
+    hurry = !moved && !hurry && resting;
+    if (!moved && !hurry) {
       scheduler.failed = true;
       scheduler.failure = deadlock(all);
     }
