@@ -4,6 +4,11 @@
 // lora_mlp: the same twice, with an activation between, whose result is computed again in the backward.
 #include "cpu/lora.h"
 
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
 #include "binding/activation.h"
 #include "binding/binding.h"
 #include "binding/gemm.h"
@@ -24,14 +29,17 @@ Matrix matrix(const Tensor& t, bool transpose = false) {
 
 // fp32 scratch of rows x padded(columns), zero beyond the columns
 struct Panel {
-  Tensor storage;
   int64_t ld;
+  std::unique_ptr<float, decltype(&std::free)> storage;
   float* data;
 
-  Panel(const Tensor& like, int64_t rows, int64_t columns)
-      : storage(torch::stable::new_zeros(like, {rows * padded(columns) + kSlack}, ScalarType::Float)),
-        ld(padded(columns)),
-        data(static_cast<float*>(storage.mutable_data_ptr())) {}
+  Panel(int64_t rows, int64_t columns)
+      : ld(padded(columns)),
+        storage(static_cast<float*>(std::aligned_alloc(64, (rows * ld + kSlack) * sizeof(float))), &std::free),
+        data(storage.get()) {
+    if (!data) throw std::bad_alloc();
+    std::fill_n(data, rows * ld + kSlack, 0.f);
+  }
 };
 
 // One projection's arguments, checked.
@@ -122,7 +130,7 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
   Tensor h = torch::stable::new_empty(x, {rows, rank}, ScalarType::Float);
   float* h_data = static_cast<float*>(h.mutable_data_ptr());
   if (rank) {
-    Panel a(x, k, rank);
+    Panel a(k, rank);
     for (const Projection& p : projections.each)
       if (p.r) lora_pack(p.A(true), 1.f, a.data + p.offset, a.ld);
     add_down(x, projections, a, h_data);
@@ -132,7 +140,7 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
     Tensor y = new_result(x, {rows, p.n});
     const bool update = p.r || p.bias;
     if (update) {
-      Panel b(x, p.r + 1, p.n);  // s B^T, and the bias as its last row
+      Panel b(p.r + 1, p.n);  // s B^T, and the bias as its last row
       if (p.r) lora_pack(p.B(true), float(p.scaling), b.data, b.ld);
       float* bias_row = b.data + p.r * b.ld;
       if (p.bias) {
@@ -184,7 +192,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     for (size_t i = 0; i < projections.each.size(); ++i) {
       const Projection& p = projections.each[i];
       if (!p.r) continue;
-      Panel b(like, p.n, p.r);
+      Panel b(p.n, p.r);
       lora_pack(p.B(), float(p.scaling), b.data, b.ld);
       lora_down(t, dy[i].const_data_ptr(), rows, p.n, {0, 0}, b.data, b.ld, p.r, dh_data + p.offset, rank);
     }
@@ -195,7 +203,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     Tensor dx = new_result(like, {rows, k});
     bool written = false;
     if (rank) {
-      Panel a(like, rank, k);
+      Panel a(rank, k);
       for (const Projection& p : projections.each)
         if (p.r) lora_pack(p.A(), 1.f, a.data + p.offset * a.ld, a.ld);
       const auto up = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
@@ -222,7 +230,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
 
   bool want_dA = false;
   for (size_t i = 0; i < projections.each.size(); ++i) want_dA = want_dA || want(i, 1);
-  Panel da(like, want_dA ? rank : 0, k);
+  Panel da(want_dA ? rank : 0, k);
   if (want_dA) {
     const auto outer = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
       lora_outer(t, x->const_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, da.data + offset * da.ld,
@@ -252,7 +260,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
       sum_blocks(lines, row_blocks(rows), p.n, dtype_of(dbias), dbias.mutable_data_ptr());
       results.push_back(dbias);
     } else if (want(i, 2)) {
-      Panel db(like, p.r + 1, p.n);
+      Panel db(p.r + 1, p.n);
       lora_outer(t, dy[i].const_data_ptr(), rows, p.n, {0, 0}, h_data + p.offset, rank, p.r, db.data,
                  want(i, 3) ? db.data + p.r * db.ld : nullptr);
       Tensor dB = torch::stable::new_empty(*p.lora_B, {p.n, p.r});

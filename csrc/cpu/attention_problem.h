@@ -25,7 +25,7 @@ inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 template <class Make, class Work>
 void parallel_tasks(int64_t count, const Make& make, const Work& work) {
   std::atomic<int64_t> next{0};
-  parallel_for(count, 1, [&](int64_t, int64_t) {
+  on_threads(std::min(count, num_threads()), [&](int64_t) {
     auto scratch = make();
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, *scratch);
   });

@@ -5,11 +5,13 @@
 #include "cpu/lora.h"
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "common/philox.h"
 #include "cpu/amx.h"
+#include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
@@ -17,6 +19,7 @@ namespace pyfast::PYFAST_ISA {
 namespace {
 
 constexpr int ACC = VL == 16 ? 16 : 8;  // accumulator vectors per tile: half of the registers
+constexpr int64_t kGrain = 4096;        // elements of a panel per task
 
 // out[c] = factor[c] x[c] as fp32, c < n; a null factor is 1
 template <class T>
@@ -234,8 +237,8 @@ PF_INLINE fvec load_first(const float* p, int64_t lanes) {
 
 // The thin operand (depth, columns) as B tiles, [32 rows][16 columns], zero beyond its edges; `across` tiles per 32
 // rows.
-std::vector<bf16> pack_panel(const float* panel, int64_t ld, int64_t depth, int64_t columns, int64_t across) {
-  std::vector<bf16> tiles(blocks(depth, kTileDepth) * across * kTileSize);
+Scratch<bf16> pack_panel(const float* panel, int64_t ld, int64_t depth, int64_t columns, int64_t across) {
+  Scratch<bf16> tiles(blocks(depth, kTileDepth) * across * kTileSize);
   parallel_for(blocks(depth, kTileDepth), 8, [&](int64_t first, int64_t last) {
     for (int64_t d = first; d < last; ++d) {
       for (int64_t t = 0; t < across; ++t) {
@@ -243,7 +246,7 @@ std::vector<bf16> pack_panel(const float* panel, int64_t ld, int64_t depth, int6
           const int64_t row = d * kTileDepth + i, lanes = columns - t * kTile;
           const float* p = panel + row * ld + t * kTile;
           pack_pairs(row < depth ? load_first(p, lanes) : fvec{}, row + 1 < depth ? load_first(p + ld, lanes) : fvec{},
-                     &tiles[(d * across + t) * kTileSize + i * kTile]);
+                     tiles + (d * across + t) * kTileSize + i * kTile);
         }
       }
     }
@@ -293,7 +296,7 @@ void amx_down_block(const bf16* x, int64_t row, int64_t end, int64_t k, const ui
 void amx_down(const bf16* x, int64_t rows, int64_t k, const Dropout* dropout, const float* a, int64_t lda, int64_t r,
               float* h, int64_t ldh) {
   const int64_t across = r <= kTile ? 1 : blocks(r, 2 * kTile) * 2;
-  const std::vector<bf16> tiles = pack_panel(a, lda, k, r, across);
+  const Scratch<bf16> tiles = pack_panel(a, lda, k, r, across);
   parallel_for(rows, 4 * kTile, [&](int64_t first, int64_t last) {
     Tiles scope;
     const int64_t height = across == 1 ? 4 * kTile : 2 * kTile, words = blocks(k, kTileDepth);
@@ -304,13 +307,12 @@ void amx_down(const bf16* x, int64_t rows, int64_t k, const Dropout* dropout, co
         kept(dropout, uint64_t(row * k), k, &bits[(row - i) * words]);
       const uint32_t* mask = dropout ? bits.data() : nullptr;
       if (across == 1) {
-        amx_down_block<4, 1>(x, i, last, k, mask, scale, tiles.data(), 1, r, h, ldh);
+        amx_down_block<4, 1>(x, i, last, k, mask, scale, tiles, 1, r, h, ldh);
         continue;
       }
       for (int64_t t = 0; t < across; t += 2) {
         const int64_t column = t * kTile;
-        amx_down_block<2, 2>(x, i, last, k, mask, scale, tiles.data() + t * kTileSize, across, r - column, h + column,
-                             ldh);
+        amx_down_block<2, 2>(x, i, last, k, mask, scale, tiles + t * kTileSize, across, r - column, h + column, ldh);
       }
     }
   });
@@ -341,12 +343,12 @@ PF_INLINE void add_tiles(const float* result, int64_t height, const uint32_t* bi
 void amx_up(bf16* y, int64_t rows, int64_t n, const Dropout* dropout, const float* h, int64_t ldh, int64_t r,
             const float* b, const float* bias, bool accumulate) {
   const int64_t ldb = padded(n), across = blocks(n, 2 * kTile) * 2, deep = blocks(r, kTileDepth);
-  const std::vector<bf16> tiles = pack_panel(b, ldb, r, n, across);
+  const Scratch<bf16> tiles = pack_panel(b, ldb, r, n, across);
   const int64_t wide = blocks(n, kUpColumns), tall = blocks(rows, kUpRows);
   parallel_for(wide * tall, 1, [&](int64_t first, int64_t last) {
     Tiles scope;
-    std::vector<bf16> left(kUpRows / kTile * deep * kTileSize);  // h's rows as A tiles, [16 rows][32 columns]
-    alignas(64) float result[4][kTileResult];                    // 2 x 2 tiles
+    Scratch<bf16> left(kUpRows / kTile * deep * kTileSize);  // h's rows as A tiles, [16 rows][32 columns]
+    alignas(64) float result[4][kTileResult];                // 2 x 2 tiles
     constexpr int64_t kWords = kUpColumns / 32;
     uint32_t bits[kUpRows * kWords];
     const float scale = dropout ? dropout->scale : 1.f;
@@ -357,7 +359,7 @@ void amx_up(bf16* y, int64_t rows, int64_t n, const Dropout* dropout, const floa
           for (int64_t d = 0; d < deep; ++d) {
             const float* p = h + (row + i) * ldh + d * kTileDepth;
             const int64_t lanes = i < count ? r - d * kTileDepth : 0;
-            bf16* out = &left[(i / kTile * deep + d) * kTileSize + i % kTile * kTileDepth];
+            bf16* out = left + (i / kTile * deep + d) * kTileSize + i % kTile * kTileDepth;
             _mm512_storeu_si512(out, pack_bf16(load_first(p, lanes), load_first(p + VL, lanes - VL)));
           }
         }
@@ -374,9 +376,9 @@ void amx_up(bf16* y, int64_t rows, int64_t n, const Dropout* dropout, const floa
           const fvec bias1 = bias && lanes > VL ? load(bias + c + VL) : fvec{};
           unrolled<4>([](auto t) { Tiles::zero<t>(); });
           for (int64_t d = 0; d < deep; ++d) {
-            Tiles::load<4>(&left[(i / kTile * deep + d) * kTileSize]);
-            Tiles::load<5>(&left[((i / kTile + 1) * deep + d) * kTileSize]);
-            const bf16* right = &tiles[(d * across + c / kTile) * kTileSize];
+            Tiles::load<4>(left + (i / kTile * deep + d) * kTileSize);
+            Tiles::load<5>(left + ((i / kTile + 1) * deep + d) * kTileSize);
+            const bf16* right = tiles + (d * across + c / kTile) * kTileSize;
             Tiles::load<6>(right);
             Tiles::load<7>(right + kTileSize);
             unrolled<4>([](auto t) { Tiles::multiply<t, 4 + t / 2, 6 + t % 2>(); });
@@ -396,33 +398,36 @@ void amx_up(bf16* y, int64_t rows, int64_t n, const Dropout* dropout, const floa
 void amx_outer(const bf16* x, int64_t rows, int64_t m, const Dropout* dropout, const float* h, int64_t ldh, int64_t r,
                float* g, float* column_sum) {
   constexpr int64_t kRows = 2 * kTileDepth, kColumns = 4 * kTile;  // of x per step
-  const int64_t ldg = padded(m), total = r + (column_sum ? 1 : 0), deep = blocks(rows, kTileDepth);
-  const int64_t tall = blocks(total, kTile);
+  const int64_t total = r + (column_sum ? 1 : 0), deep = blocks(rows, kTileDepth), tall = blocks(total, kTile);
   // h^T as A tiles, and a row of ones for the sums
-  std::vector<bf16> left(deep * tall * kTileSize);
+  Scratch<bf16> left(deep * tall * kTileSize);
   parallel_for(deep, 4, [&](int64_t first, int64_t last) {
+    std::memset(left + first * tall * kTileSize, 0, (last - first) * tall * kTileSize * sizeof(bf16));
     for (int64_t i = first * kTileDepth; i < std::min(rows, last * kTileDepth); ++i) {
-      bf16* out = &left[i / kTileDepth * tall * kTileSize + i % kTileDepth];
+      bf16* out = left + i / kTileDepth * tall * kTileSize + i % kTileDepth;
       for (int64_t j = 0; j < total; ++j) out[j * kTileDepth] = from_float<bf16>(j < r ? h[i * ldh + j] : 1.f);
     }
   });
-  // about 8 tasks, whatever the number of threads, each a strip of 64 to 512 columns: long enough to be read as a
-  // stream
-  constexpr int64_t kStrip = 8 * kColumns;
-  const int64_t strip = std::clamp<int64_t>(blocks(m / 8, kColumns), 1, 8) * kColumns, across = strip / kTile;
-  const float scale = dropout ? dropout->scale : 1.f;
-  parallel_for(blocks(m, strip), 1, [&](int64_t first, int64_t last) {
+  // Strips of at most 512 columns, long enough to be read as streams, cut into parts of at least 256 rows until there
+  // are 16 tasks or so, whatever the number of threads; the parts' sums are added in their order.
+  constexpr int64_t kStrip = 8 * kColumns, kTasks = 16, kPart = 4 * kRows;
+  const int64_t strip = std::clamp<int64_t>(blocks(m / 8, kColumns), 1, 8) * kColumns,
+                strips = std::max<int64_t>(blocks(m, strip), 1);
+  const int64_t height = std::max(blocks(rows, blocks(kTasks, strips) * kRows) * kRows, kPart);
+  const int64_t parts = std::max<int64_t>(blocks(rows, height), 1), across = strip / kTile, ldp = padded(m);
+  Scratch<float> partial(parts * total * ldp);
+  parallel_for(strips * parts, 1, [&](int64_t first, int64_t last) {
     Tiles scope;
-    std::vector<float> sums(tall * across * kTileResult);
-    std::vector<bf16> right(kRows / kTileDepth * across * kTileSize);  // x's rows as B tiles
+    Scratch<float> sums(tall * across * kTileResult);
+    Scratch<bf16> right(kRows / kTileDepth * across * kTileSize);  // x's rows as B tiles
     for (int64_t task = first; task < last; ++task) {
-      const int64_t begin = task * strip, width = std::min(m - begin, strip);
-      std::fill(sums.begin(), sums.end(), 0.f);
-      for (int64_t i = 0; i < rows; i += kRows) {
+      const int64_t begin = task % strips * strip, width = std::min(m - begin, strip), part = task / strips;
+      std::fill_n(static_cast<float*>(sums), tall * across * kTileResult, 0.f);
+      for (int64_t i = part * height; i < std::min(rows, (part + 1) * height); i += kRows) {
         const int64_t steps = std::min(kRows / kTileDepth, deep - i / kTileDepth);
         for (int64_t pair = 0; pair < steps * kTileDepth; pair += 2) {
           const bf16* p = x + (i + pair) * m + begin;
-          bf16* out = &right[pair / kTileDepth * across * kTileSize + pair % kTileDepth * kTile];
+          bf16* out = right + pair / kTileDepth * across * kTileSize + pair % kTileDepth * kTile;
           const __mmask32 even = i + pair < rows ? ~0u : 0, odd = i + pair + 1 < rows ? ~0u : 0;
           uint32_t bits[2][kStrip / 32];
           for (int side = 0; side < 2 && dropout; ++side)
@@ -438,14 +443,14 @@ void amx_outer(const bf16* x, int64_t rows, int64_t m, const Dropout* dropout, c
           }
         }
         for (int64_t t = 0; t < tall; ++t) {
-          const bf16* a = &left[(i / kTileDepth * tall + t) * kTileSize];
+          const bf16* a = left + (i / kTileDepth * tall + t) * kTileSize;
           for (int64_t c = 0; c < blocks(width, kTile); c += 4) {
-            float* sum = &sums[(t * across + c) * kTileResult];
+            float* sum = sums + (t * across + c) * kTileResult;
             unrolled<4>([&](auto v) { Tiles::load<v>(sum + v * kTileResult); });
             for (int64_t d = 0; d < steps; ++d) {
               Tiles::load<4>(a + d * tall * kTileSize);
               unrolled<4>([&](auto v) {
-                Tiles::load<5 + v % 3>(&right[(d * across + c + v) * kTileSize]);
+                Tiles::load<5 + v % 3>(right + (d * across + c + v) * kTileSize);
                 Tiles::multiply<v, 4, 5 + v % 3>();
               });
             }
@@ -454,18 +459,27 @@ void amx_outer(const bf16* x, int64_t rows, int64_t m, const Dropout* dropout, c
         }
       }
       for (int64_t j = 0; j < total; ++j) {
-        float* out = (j < r ? g + j * ldg : column_sum) + begin;
+        float* out = partial + (part * total + j) * ldp + begin;
         for (int64_t c = 0; c < width; c += kTile) {
-          const float* sum = &sums[(j / kTile * across + c / kTile) * kTileResult + j % kTile * kTile];
-          store_any(out + c, scale * load(sum), int(std::min<int64_t>(kTile, width - c)));
+          const float* sum = sums + (j / kTile * across + c / kTile) * kTileResult + j % kTile * kTile;
+          store(out + c, load(sum));
         }
+      }
+    }
+  });
+  const float scale = dropout ? dropout->scale : 1.f;
+  parallel_for(blocks(ldp, VL), kGrain / (total * parts * VL), [&](int64_t first, int64_t last) {
+    for (int64_t j = 0; j < total; ++j) {
+      float* out = j < r ? g + j * ldp : column_sum;
+      for (int64_t c = first * VL; c < last * VL; c += VL) {
+        fvec sum = {};
+        for (int64_t part = 0; part < parts; ++part) sum += load(partial + (part * total + j) * ldp + c);
+        store(out + c, scale * sum);
       }
     }
   });
 }
 #endif
-
-constexpr int64_t kGrain = 4096;  // elements of a panel per task
 
 }  // namespace
 
@@ -483,14 +497,24 @@ void lora_pack(Matrix source, float scale, float* panel, int64_t ld) {
 
 void lora_unpack(const float* panel, int64_t ld, float scale, Matrix target) {
   PYFAST_DISPATCH(target.dtype, T, {
-    parallel_for(target.rows, kGrain / std::max<int64_t>(1, target.columns), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        T* row = (T*)target.data + i * target.row_stride;
-        for (int64_t j = 0; j < target.columns; ++j) {
-          row[j * target.column_stride] = from_float<T>(scale * panel[i * ld + j]);
+    T* out = (T*)target.data;
+    const auto write = [=](T* to, const float* from, int64_t n) {
+      for_lanes(n, [=](int64_t i, int lanes) { store_any(to + i, scale * load_any(from + i, lanes), lanes); });
+    };
+    if (target.column_stride == 1) {
+      parallel_for(target.rows, kGrain / std::max<int64_t>(1, target.columns), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) write(out + i * target.row_stride, panel + i * ld, target.columns);
+      });
+    } else {  // in the order of the target's memory, so that threads do not share cache lines
+      const int64_t depth = padded(target.rows);
+      parallel_for((target.columns + VL - 1) / VL, kGrain / (depth * VL), [&](int64_t first, int64_t last) {
+        std::vector<float> turned(depth * VL);
+        for (int64_t j = first * VL; j < std::min(target.columns, last * VL); ++j) {
+          if (j % VL == 0) transpose32(panel + j, ld, turned.data(), depth, target.rows, VL);
+          write(out + j * target.column_stride, &turned[j % VL * depth], target.rows);
         }
-      }
-    });
+      });
+    }
   })
 }
 

@@ -28,7 +28,7 @@ struct DropoutArgs {
 // panel[i, j] = scale * source[i, j], with rows of `ld` floats
 PYFAST_KERNEL(void, lora_pack, (Matrix source, float scale, float* panel, int64_t ld), (source, scale, panel, ld))
 
-// target[i, j] = scale * panel[i, j]
+// target[i, j] = scale * panel[i, j]; the target's rows or its columns are contiguous
 PYFAST_KERNEL(void, lora_unpack, (const float* panel, int64_t ld, float scale, Matrix target),
               (panel, ld, scale, target))
 

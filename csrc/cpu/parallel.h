@@ -2,10 +2,13 @@
 #pragma once
 #include <xmmintrin.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                                       void* context);
+extern "C" int32_t torch_get_num_threads(uint32_t* threads);
 
 namespace pyfast {
 namespace {
@@ -22,18 +25,56 @@ class FlushSubnormals {
   unsigned before_ = _mm_getcsr();
 };
 
-// body(begin, end) over disjoint ranges of at least `grain` iterations; returns after all of them. The body must not
-// throw.
+// body(i) for i in [0, count), each on a thread of its own if there are so many
 template <class F>
-inline void parallel_for(int64_t count, int64_t grain, const F& body) {
-  if (count <= 0) return;
+inline void on_threads(int64_t count, const F& body) {
   torch_parallel_for(
-      0, count, grain < 1 ? 1 : grain,
+      0, count, 1,
       [](int64_t begin, int64_t end, void* f) {
         FlushSubnormals scope;
-        (*static_cast<const F*>(f))(begin, end);
+        for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(f))(i);
       },
       const_cast<F*>(&body));
+}
+
+inline int64_t num_threads() {
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  return threads;
+}
+
+// body(begin, end) over disjoint ranges of at least `grain` iterations, but for the last of a share; returns after all
+// of them. The body must not throw.
+//
+// Each thread has a share, the same one in every call of the same size, whose data may still lie in its cache; it takes
+// a quarter at a time, and when it is done, quarters of the others': a core that is slower, or has other work too, does
+// not hold the rest up.
+template <class F>
+inline void parallel_for(int64_t count, int64_t grain, const F& body) {
+  constexpr int64_t kMost = 64, kPieces = 4;
+  if (count <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t tasks = (count + grain - 1) / grain;  // of `grain` iterations
+  const int64_t shares = std::min({num_threads(), tasks, kMost});
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  Share all[kMost];
+  for (int64_t i = 0; i < shares; ++i) {
+    all[i].next.store(tasks * i / shares, std::memory_order_relaxed);
+    all[i].end = tasks * (i + 1) / shares;
+  }
+  const int64_t piece = std::max<int64_t>(tasks / shares / kPieces, 1);
+  on_threads(shares, [&](int64_t own) {
+    for (int64_t i = 0; i < shares; ++i) {
+      Share& share = all[(own + i) % shares];
+      for (int64_t begin; (begin = share.next.fetch_add(piece, std::memory_order_relaxed)) < share.end;) {
+        const int64_t end = std::min(begin + piece, share.end);
+        body(begin * grain, std::min(end * grain, count));
+      }
+    }
+  });
 }
 
 }  // namespace
