@@ -15,6 +15,7 @@ from pyfast.ops import attention, attention_varlen
 #: "random", "padded", "none" (no key for the first batch).
 CASES = {
     "plain": ((2, 3, 3, 37, 37, 64), {}),
+    "whole-tiles-of-queries": ((2, 2, 1, 64, 37, 16), {}),
     "causal": ((1, 2, 2, 130, 130, 32), {"causal": True}),
     "causal-long": ((1, 1, 1, 300, 300, 64), {"causal": True}),
     "causal-fewer-queries": ((1, 2, 1, 40, 150, 24), {"causal": True}),

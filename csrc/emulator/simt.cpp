@@ -204,14 +204,21 @@ void run_cluster(const Launch& l, size_t number, const std::function<void()>& bo
   const Options& chosen = options();
   if (chosen.order == Order::reverse) std::reverse(order.begin(), order.end());
   std::mt19937 random(chosen.seed + unsigned(number) * 7919u);
-  bool hurry = false;  // nobody moved in a round that some sat out: the next one is for all
+  // at random, also unfair: half of the warps, or of the cluster's blocks, rest for some rounds, most often until
+  // nobody else can move; so one may run far ahead of another
+  uint64_t resting = 0;
+  bool blocks_rest = false, hurry = false;  // hurry: nobody moved in the last round, so all may in this one
   while (!order.empty() && !scheduler.failed) {
-    if (chosen.order == Order::random) std::shuffle(order.begin(), order.end(), random);
+    if (chosen.order == Order::random) {
+      std::shuffle(order.begin(), order.end(), random);
+      if (hurry)
+        resting = 0;
+      else if (!resting || random() % 8 == 0)
+        resting = random() | uint64_t(random()) << 32, blocks_rest = random() % 2;
+    }
     bool moved = false, finished = false;
-    // at random, also unfair: half of the warps sit out a round, so that one may run far ahead of another
-    const uint64_t resting = chosen.order == Order::random && !hurry ? random() | uint64_t(random()) << 32 : 0;
     for (Fiber* f : order) {
-      if (resting >> (f->linear / 32 + 7 * f->block->rank) % 64 & 1) continue;
+      if (resting >> (blocks_rest ? f->block->rank : f->linear / 32 + 7 * f->block->rank) % 64 & 1) continue;
       if (f->phase && *f->phase == f->seen) continue;
       if (f->condition && !(*f->condition)()) continue;
       moved = true;
@@ -221,7 +228,7 @@ void run_cluster(const Launch& l, size_t number, const std::function<void()>& bo
     }
     if (finished)
       order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
-    hurry = !moved && !hurry && resting;
+    hurry = !moved && resting;
     if (!moved && !hurry) {
       scheduler.failed = true;
       scheduler.failure = deadlock(all);

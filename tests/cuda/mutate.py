@@ -47,7 +47,7 @@ MUTATIONS = [
     Mutation("no cluster barrier before the sums are read", LOSS_FILE,
              "cluster_barrier();\n    state = Softmax::none();", "state = Softmax::none();", LOSS, "long_rows"),
     Mutation("a block leaves while its sums are read", LOSS_FILE, "cluster_barrier();  // no", "// no", LOSS,
-             "long_rows"),
+             "blocks_of_a_cluster"),
     Mutation("elements before the row", LOSS_FILE, "begin + i >= 0 && begin + i < classes ? x",
              "begin + i < classes ? x", LOSS, "begin_anywhere"),
     Mutation("elements after the row", LOSS_FILE, "begin + i >= 0 && begin + i < classes ? x", "begin + i >= 0 ? x",
@@ -90,7 +90,7 @@ MUTATIONS = [
     Mutation("a window that begins too late", HEADS, "a.left >= 0 && left > 0 ? left : 0, end = a.right >= 0 && right",
              "a.left >= 0 && left > 0 ? left + 1 : 0, end = a.right >= 0 && right", BF16, f"{RULE} and window"),
     Mutation("a tile taken for visible", HEADS, "i1 <= queries && j1 <= keys", "i1 <= queries", BF16,
-             f"{RULE} and bfloat16 and plain"),
+             f"{RULE} and bfloat16 and whole"),
     Mutation("queries too few for a window's keys", HEADS, "p.first + Tiles::kOuter - shift + a.left",
              "p.first - shift + a.left", BF16, f"{RULE} and window"),
     Mutation("dropout's index", HEADS, "return (row + i) * a.dropout_keys + j;", "return row * a.dropout_keys + i + j;",
@@ -126,7 +126,7 @@ def caught(mutation: Mutation) -> bool:
         subprocess.run([toolchain.CXX, *flags, "-c", kernel, "-o", copy / "kernel.o"], check=True)
         library = [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10", "-lpthread"]
         target = copy / "pyfast" / next((ROOT / "pyfast").glob("_emu.*so")).name
-        subprocess.run([toolchain.CXX, "-shared", *objects, copy / "kernel.o", *library, "-o", target], check=True)
+        subprocess.run([toolchain.CXX, "-shared", copy / "kernel.o", *objects, *library, "-o", target], check=True)
         op = mutation.kernel.split("_")[0] if mutation.kernel.startswith("attention") else mutation.kernel
         return mutations.fails(copy, mutation, f"tests/cuda/test_op_{op}.py")
 
