@@ -18,7 +18,7 @@ Tensor dequantize_cpu(const Tensor& codes, const Tensor& scale, std::vector<doub
   const int64_t down = (n + block_rows - 1) / block_rows, across = (k + block_columns - 1) / block_columns;
   STD_TORCH_CHECK(codes.numel() * (pairs ? 2 : 1) == n * k && scale.numel() == down * across && !(pairs && k % 2),
                   "codes ", shape_of(codes), " and scale ", shape_of(scale), " do not fit an (n, k) weight");
-  Tensor out = torch::stable::new_empty(codes, {n, k}, dtype);
+  Tensor out = make_empty(codes, {n, k}, dtype);
   const std::vector<float> table(levels.begin(), levels.end());
   if (out.numel() > 0) {
     dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()), table.data(), int(table.size()),
