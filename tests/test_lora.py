@@ -248,13 +248,14 @@ def test_autocast(kernel):
 
 @pytest.mark.parametrize("frozen", ["gate", "up", "down", "all"])
 def test_mlp_partly_frozen(kernel, frozen):
-    """Each projection with or without an adapter, with x's gradient and without."""
+    """Each projection with or without an adapter, with x's gradient and without. (Over few numbers PyTorch's own error
+    may be next to nothing.)"""
     parts = {"gate": (24, 16), "up": (24, 16), "down": (16, 24)}
     args = [
         projection(*shape, torch.float32, rank=0 if frozen in (name, "all") else 4) for name, shape in parts.items()
     ]
     for x_gradient in (True, False):
-        check(lora_mlp, [drawn(5, 16, dtype=torch.float32, grad=x_gradient), *args], {}, *kernel)
+        check(lora_mlp, [drawn(40, 16, dtype=torch.float32, grad=x_gradient), *args], {}, *kernel)
 
 
 def test_retain_graph(kernel):

@@ -192,58 +192,6 @@ struct Factors {
   }
 };
 
-// Writes a warp's result (16 x 8 kTiles, columns from `column`) times a factor per row
-template <class T, int kTiles>
-__device__ __forceinline__ void store_rows(const float (&acc)[kTiles][4], const float (&factor)[2], T* to,
-                                           int64_t stride, int row, int rows, int column, int dim, bool aligned) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = row + lane / 4 + 8 * h;
-    if (i >= rows) continue;
-    T* const line = to + i * stride;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const int c = column + 8 * j + lane % 4 * 2;
-      const float x = acc[j][2 * h] * factor[h], y = acc[j][2 * h + 1] * factor[h];
-      if constexpr (sizeof(T) == 2) {
-        if (aligned && c + 1 < dim) {
-          *reinterpret_cast<uint32_t*>(line + c) = pack<T>(x, y);
-          continue;
-        }
-      }
-      if (c < dim) line[c] = from_float<T>(x);
-      if (c + 1 < dim) line[c + 1] = from_float<T>(y);
-    }
-  }
-}
-
-// Two tensors' rows in a ring of inner tiles: walk(begin, end, load, work) asks for the tiles of rows begin to end - 1
-// and calls work(first row, stage) on each, when it is there.
-template <int kInner, int kStages, class Load, class Work>
-__device__ __forceinline__ void walk(int begin, int end, const Load& load, const Work& work) {
-  if constexpr (kStages == 2) {
-    if (begin < end) load(begin, 0);
-    commit_copies();
-  }
-  int stage = 0;
-  for (int at = begin; at < end; at += kInner) {
-    if constexpr (kStages == 2) {
-      if (at + kInner < end) load(at + kInner, stage ^ 1);
-      commit_copies();
-      wait_copies<1>();
-    } else {
-      load(at, 0);
-      commit_copies();
-      wait_copies<0>();
-    }
-    __syncthreads();
-    work(at, stage);
-    __syncthreads();  // all are done with the tile before it is filled anew
-    stage = kStages == 2 ? stage ^ 1 : 0;
-  }
-}
-
 template <class T, int kDim, bool kGeneral>
 __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
     attention_kernel(const __grid_constant__ AttentionLaunch l) {

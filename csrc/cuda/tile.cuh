@@ -6,17 +6,20 @@
 
 namespace pyfast::cuda {
 
-// Rows of 16-byte chunks. For 16-bit elements chunk c of a row stands at c ^ (row % 8), so that ldmatrix, which reads a
-// chunk of 8 rows at once, meets every bank once; fp32 rows are padded by a chunk.
+// Rows of 16-byte chunks. For 16-bit elements chunk c of a row stands at c ^ (row % 8) (rows shorter than 128 bytes:
+// likewise among their chunks), so that ldmatrix, which reads a chunk of 8 rows at once, meets every bank once; fp32
+// rows are padded by a chunk.
 template <class T, int kRows, int kColumns>
 struct Tile {
   static constexpr int kChunk = 16 / sizeof(T), kChunks = kColumns / kChunk;
   static constexpr int kStride = sizeof(T) == 2 ? kColumns : kColumns + kChunk;
   static constexpr int kBytes = kRows * kStride * sizeof(T);
+  static constexpr int kRowsPerSwizzle = kChunks < 8 ? 8 / kChunks : 1;
   T* data;
 
   __device__ __forceinline__ T* chunk(int row, int c) const {
-    return data + row * kStride + (sizeof(T) == 2 ? c ^ (row & 7) : c) * kChunk;
+    return data + row * kStride +
+           (sizeof(T) == 2 ? c ^ (row / kRowsPerSwizzle & (8 / kRowsPerSwizzle - 1)) : c) * kChunk;
   }
   __device__ __forceinline__ T at(int row, int column) const { return data[row * kStride + column]; }  // fp32 only
 
@@ -102,6 +105,53 @@ __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const A& a, in
   }
 }
 
+// acc (16 x 8 kTiles) += columns `row` to row + 15 of a (depth, rows), transposed, times columns `column` on of b
+// (depth, columns); depth is a multiple of 32
+template <class T, int kTiles, class A, class B>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[kTiles][4], const A& a, int row, const B& b,
+                                                    int column, int depth) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    const int matrix = lane / 8, within = lane % 8;
+#pragma unroll 1
+    for (int k = 0; k < depth; k += 32) {
+      uint32_t block[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        load_matrices<true>(block[half], a.chunk(k + 16 * half + matrix / 2 * 8 + within, row / 8 + matrix % 2));
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        uint32_t r[4];  // 32 x 8 of b
+        load_matrices<true>(r, b.chunk(k + lane, column / 8 + j));
+        const uint32_t first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
+        mma<T>(acc[j], block[0], first);
+        mma<T>(acc[j], block[1], second);
+      }
+    }
+  } else {
+    const int g = lane / 4, t = lane % 4;
+    for (int begin = 0; begin < depth; begin += 8) {
+      float part[kTiles][4] = {};
+#pragma unroll
+      for (int k = begin; k < begin + 8; ++k) {
+        const float upper = a.at(k, row + g), lower = a.at(k, row + g + 8);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const float left = b.at(k, column + 8 * j + 2 * t), right = b.at(k, column + 8 * j + 2 * t + 1);
+          part[j][0] = fmaf(upper, left, part[j][0]);
+          part[j][1] = fmaf(upper, right, part[j][1]);
+          part[j][2] = fmaf(lower, left, part[j][2]);
+          part[j][3] = fmaf(lower, right, part[j][3]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[j][e] += part[j][e];
+    }
+  }
+}
+
 // acc += p b, where p (16 x kDepth) is itself the result of a product, and b (depth, columns). The registers of two
 // blocks of a result are those of one operand; fp32 goes through `scratch`, a Tile<T, 16, kDepth> of this warp's own.
 template <class T, int kDepth, int kTiles, class B>
@@ -125,6 +175,58 @@ __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const float (&
         tile.data[(lane / 4 + e / 2 * 8) * tile.kStride + 8 * j + lane % 4 * 2 + e % 2] = p[j][e];
     __syncwarp();
     multiply<T, true, kDepth>(acc, tile, 0, b, column);
+  }
+}
+
+// Writes a warp's result (16 x 8 kTiles, columns from `column`) times a factor per row
+template <class T, int kTiles>
+__device__ __forceinline__ void store_rows(const float (&acc)[kTiles][4], const float (&factor)[2], T* to,
+                                           int64_t stride, int row, int rows, int column, int dim, bool aligned) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = row + lane / 4 + 8 * h;
+    if (i >= rows) continue;
+    T* const line = to + i * stride;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int c = column + 8 * j + lane % 4 * 2;
+      const float x = acc[j][2 * h] * factor[h], y = acc[j][2 * h + 1] * factor[h];
+      if constexpr (sizeof(T) == 2) {
+        if (aligned && c + 1 < dim) {
+          *reinterpret_cast<uint32_t*>(line + c) = pack<T>(x, y);
+          continue;
+        }
+      }
+      if (c < dim) line[c] = from_float<T>(x);
+      if (c + 1 < dim) line[c + 1] = from_float<T>(y);
+    }
+  }
+}
+
+// Tiles in a ring of kStages: walk(begin, end, load, work) asks for the tiles from begin on, kInner apart, up to end -
+// 1, and calls work(where it begins, stage) on each, when it is there.
+template <int kInner, int kStages, class Load, class Work>
+__device__ __forceinline__ void walk(int begin, int end, const Load& load, const Work& work) {
+  if constexpr (kStages == 2) {
+    if (begin < end) load(begin, 0);
+    commit_copies();
+  }
+  int stage = 0;
+  for (int at = begin; at < end; at += kInner) {
+    if constexpr (kStages == 2) {
+      if (at + kInner < end) load(at + kInner, stage ^ 1);
+      commit_copies();
+      wait_copies<1>();
+    } else {
+      load(at, 0);
+      commit_copies();
+      wait_copies<0>();
+    }
+    __syncthreads();
+    work(at, stage);
+    __syncthreads();  // all are done with the tile before it is filled anew
+    stage = kStages == 2 ? stage ^ 1 : 0;
   }
 }
 

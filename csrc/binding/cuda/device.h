@@ -15,6 +15,17 @@
 
 namespace pyfast {
 
+#if !defined(PYFAST_EMULATOR)
+// A function of torch's C shim that lies in libtorch_cuda: naming it at link time would keep `_cuda` from loading where
+// torch has no CUDA
+inline void* cuda_symbol(const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  void* symbol = library ? dlsym(library, name) : nullptr;
+  STD_TORCH_CHECK(symbol, "this torch has no ", name, " (it needs CUDA)");
+  return symbol;
+}
+#endif
+
 // Makes a tensor's device the current one, and knows its current stream.
 class OnDevice {
  public:
@@ -24,14 +35,9 @@ class OnDevice {
 #else
   explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
   void* stream() const {
-    // part of torch's C shim, but in libtorch_cuda: naming it at link time would keep `_cuda` from loading elsewhere
-    using Function = int32_t (*)(int32_t, void**);
-    static const Function current = [] {
-      void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-      return Function(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-    }();
+    static const auto current = (int32_t (*)(int32_t, void**))cuda_symbol("aoti_torch_get_current_cuda_stream");
     void* stream = nullptr;
-    STD_TORCH_CHECK(current && current(index_, &stream) == 0, "this torch has no CUDA stream");
+    STD_TORCH_CHECK(current(index_, &stream) == 0, "torch did not tell its CUDA stream");
     return stream;
   }
 
