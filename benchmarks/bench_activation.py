@@ -2,14 +2,12 @@
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 
 from pyfast import ops
 
-from .harness import DTYPES, Case, compiled
+from .harness import on_rows
 from .machine import elements_beyond_cache
-from .roofline import clones
 
 SHAPES = ((64, 768), (2048, 2048), (elements_beyond_cache() // 4096, 4096))
 
@@ -26,29 +24,13 @@ def gelu_bias(x, bias):
     return F.gelu(x + bias)
 
 
-#: op, PyFast's function, torch's, whether the second input is a bias, tensors of x's size moved forward and backward
+#: as `on_rows` takes them
 OPS = (
-    ("swiglu", ops.swiglu, swiglu, False, 8),
-    ("geglu", partial(ops.geglu, approximate="tanh"), geglu, False, 8),
-    ("gelu_bias", ops.gelu_bias, gelu_bias, True, 5),
+    ("swiglu", ops.swiglu, swiglu, "xx", 8),
+    ("geglu", partial(ops.geglu, approximate="tanh"), geglu, "xx", 8),
+    ("gelu_bias", ops.gelu_bias, gelu_bias, "xv", 5),
 )
 
 
 def cases():
-    for name, dtype in DTYPES.items():
-        for shape in SHAPES:
-            for op, ours, torchs, bias, moved in OPS:
-
-                def inputs(shape=shape, dtype=dtype, bias=bias):
-                    shapes = (shape, shape[1:] if bias else shape)
-                    return tuple(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
-
-                yield Case(
-                    op,
-                    f"{name} {shape[0]} × {shape[1]}",
-                    inputs,
-                    {"pyfast": ours, "torch": torchs, "compile": compiled(torchs)},
-                    dtype,
-                    {"clone": lambda x, _, moved=moved: clones(moved / 2, x)},
-                    bytes=moved * torch.Size(shape).numel() * dtype.itemsize,
-                )
+    return on_rows(SHAPES, OPS)

@@ -75,7 +75,7 @@ def bench(ops: list[str], folder: Path, about: dict, deadline: float, timer=cuda
                 continue
             try:
                 rows += cuda.measure(case, about["limits"], timer)
-            except Exception as error:
+            except Exception as error:  # of whatever class: it is reported, and time on a GPU goes to the other cases
                 failed.append(f"{op} {case.label}: {cuda._reason(error)}")
         for row in rows:
             print(*filter(None, cells(row)), sep="  ", flush=True)

@@ -10,12 +10,13 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from . import machine
+from .roofline import clones
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 5
@@ -29,6 +30,11 @@ def compiled(function: Callable) -> Callable:
         lambda: torch.compile(function, dynamic=False)
     )  # importing the compiler takes seconds
     return lambda *inputs: compile_once()(*inputs)
+
+
+def clone(times: float, of: int = 1) -> dict[str, Callable]:
+    """The floor of an op that is bound by memory: clone() of the first `of` inputs, so often that its bytes move."""
+    return {"clone": lambda *inputs: clones(times, *inputs[:of])}
 
 
 @dataclass
@@ -151,6 +157,25 @@ class Case:
                 row |= {"axis": self.axis, "x": self.x}
             row["dtype"] = str(self.dtype).removeprefix("torch.")
             yield {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in row.items()}
+
+
+def on_rows(shapes: Iterable[tuple[int, int]], ops: Iterable[tuple]) -> Iterator[Case]:
+    """Cases of ops on rows that are bound by memory, in both dtypes.
+
+    ops: name, PyFast's function, torch's, the inputs ("x": of the rows' shape, "v": a vector of their width), and how
+    many tensors of the first input's size forward and backward together move.
+    """
+    for name, dtype in DTYPES.items():
+        for rows, width in shapes:
+            for op, ours, torchs, kinds, moved in ops:
+
+                def inputs(rows=rows, width=width, dtype=dtype, kinds=kinds):
+                    sizes = ((rows, width) if kind == "x" else (width,) for kind in kinds)
+                    return tuple(torch.randn(size).to(dtype).requires_grad_() for size in sizes)
+
+                variants = {"pyfast": ours, "torch": torchs, "compile": compiled(torchs)}
+                size = moved * rows * width * dtype.itemsize
+                yield Case(op, f"{name} {rows} × {width}", inputs, variants, dtype, clone(moved / 2), bytes=size)
 
 
 def measure(cases: Iterable[Case], limits: dict, before: Callable[[Case], None] = lambda _: None) -> list[dict]:

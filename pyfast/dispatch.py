@@ -1,8 +1,9 @@
 """The only place where a backend is chosen.
 
 `TABLE` gives, per op and device type, the backends in order of preference; the first that can serve the call is taken.
-The order is set by measurements (benchmarks/NOTES.md), so far per op and not per shape. `use_backend` overrides it, and
-raises where the backend named cannot serve the call: it never falls through to another one.
+The order is set by measurements (benchmarks/NOTES.md). `SMALL` gives the calls that are so small that PyTorch serves
+them faster. `use_backend` overrides both, and raises where the backend named cannot serve the call: it never falls
+through to another one.
 """
 
 import contextlib
@@ -46,6 +47,20 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "lora_linears": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "lora_mlp": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "dropout": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+}
+
+#: op -> device type -> dtype -> the size of a call below which "torch" serves it: there, what surrounds a kernel
+#: (checks, a node of autograd in Python, threads to wake) costs more than the kernel gains over PyTorch's operators.
+#: Sizes are elements of the input (of a loss, the logits), or of MATRIX_OPS multiply-adds of the forward. An op asks
+#: only for calls whose options PyTorch's operators serve with the same meaning, and never while torch.compile traces:
+#: in a compiled graph nothing surrounds a kernel. Measured on 4 cores with AMX (benchmarks/NOTES.md, "Small calls").
+SMALL: dict[str, dict[str, dict[torch.dtype, int]]] = {
+    "swiglu": {"cpu": {torch.float32: 16_000}},
+    "layer_norm": {"cpu": {torch.float32: 400_000, torch.bfloat16: 100_000}},  # without residual
+    "cross_entropy": {"cpu": {torch.float32: 300_000, torch.bfloat16: 200_000}},
+    "linear_cross_entropy": {"cpu": {torch.float32: 8_000_000, torch.bfloat16: 8_000_000}},
+    "lora_linear": {"cpu": {torch.float32: 40_000_000}},
+    "attention": {"cpu": {torch.float32: 300_000, torch.bfloat16: 1_000_000}},  # one query, no gradient
 }
 
 #: ops that multiply matrices
@@ -116,13 +131,14 @@ def refusal(backend: str, op: str, tensor: torch.Tensor) -> str | None:
     namespace, devices = BACKENDS[backend]
     if namespace is None:
         return None
-    if tensor.device.type not in devices:
-        return f"it serves {' and '.join(devices)} tensors, not {tensor.device.type}"
-    if not any(backend in backends for backends in TABLE[op].values()):
+    device = tensor.device.type
+    if device not in devices:
+        return f"it serves {' and '.join(devices)} tensors, not {device}"
+    if backend not in TABLE[op].get(device, ()) and not any(backend in backends for backends in TABLE[op].values()):
         return "it has no kernel for this op"
     if tensor.dtype not in KERNEL_DTYPES:
         return f"its kernels serve float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
-    nvidia = tensor.device.type == "cuda" and not torch.version.hip
+    nvidia = device == "cuda" and not torch.version.hip
     if nvidia and torch.cuda.get_device_capability(tensor.device) < (8, 0):
         if backend == "cuda":
             return "its kernels need a GPU of compute capability 8.0 or later"
@@ -133,27 +149,41 @@ def refusal(backend: str, op: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
-def choose(op: str, tensor: torch.Tensor) -> str:
-    """The backend for one call of `op`, decided by the device and dtype of its main tensor."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+def choose(op: str, tensor: torch.Tensor, size: int | None = None) -> str:
+    """The backend for one call of `op`, decided by the device and dtype of its main tensor.
+
+    size: the call's size in the unit of `SMALL`, where "torch" may serve it if it is small; None where it may not.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"pyfast.ops.{op} cannot run under torch.func transforms (vmap, grad, jvp): call it on the batched tensor"
             " itself, or choose the PyTorch implementation with pyfast.use_backend('torch') outside the transform"
         )
-    forced = _overrides.get(op, _overrides.get(None))
-    if forced is not None:
-        reason = refusal(forced, op, tensor)
-        if reason is not None:
-            raise ValueError(f"pyfast.ops.{op}: backend {forced!r} was asked for, but {reason}")
-        return forced
-    for backend in TABLE[op].get(tensor.device.type, ()):
+    if _overrides:
+        forced = _overrides.get(op, _overrides.get(None))
+        if forced is not None:
+            reason = refusal(forced, op, tensor)
+            if reason is not None:
+                raise ValueError(f"pyfast.ops.{op}: backend {forced!r} was asked for, but {reason}")
+            return forced
+    device = tensor.device.type
+    if size is not None and not compiling and size < small_below(op, device, tensor.dtype):
+        return "torch"
+    for backend in TABLE[op].get(device, ()):
         if refusal(backend, op, tensor) is None:
             return backend
     return "torch"
 
 
+def small_below(op: str, device: str, dtype: torch.dtype) -> int:
+    """The size below which "torch" serves a call of `op`; 0 where it never does for being small."""
+    return SMALL.get(op, {}).get(device, {}).get(dtype, 0)
+
+
 def explain(op: str, tensor: torch.Tensor) -> tuple[str, list[tuple[str, str]]]:
-    """The backend that `choose` takes, and (backend, reason) for each better one that it passed over."""
+    """The backend that `choose` takes for calls that are not small, and (backend, reason) for each better one that it
+    passed over."""
     passed_over = []
     for backend in TABLE[op].get(tensor.device.type, ()):
         reason = refusal(backend, op, tensor)

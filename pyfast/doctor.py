@@ -54,7 +54,7 @@ def machine() -> list[tuple[str, str]]:
     reason = dispatch.unavailable("cuda")
     try:
         held = f"built for {torch.ops.pyfast_cuda.architectures()}" + (f"; not used: {reason}" if reason else "")
-    except NotImplementedError:
+    except NotImplementedError:  # torch's error for an operator without a kernel: the library is not there
         held = f"none: {reason}"
     rows.append(("CUDA kernels", held))
     nvcc = shutil.which("nvcc")
@@ -71,8 +71,17 @@ def backends() -> list[tuple[str, str, str, str]]:
             backend, passed_over = dispatch.explain(op, tensor)
             first = next(iter(dispatch.TABLE[op].get(device, ())), "torch")
             why = "; ".join(f"not {name}: {reason}" for name, reason in passed_over)
-            rows.append((op, device, backend, why or ("first in the table" if backend == first else "")))
+            why = [why] if why else ["first in the table"] if backend == first else []
+            rows.append((op, device, backend, "; ".join(why + small_calls(op, device) * (backend != "torch"))))
     return rows
+
+
+def small_calls(op: str, device: str) -> list[str]:
+    """Which calls PyTorch serves for being small."""
+    limits = dispatch.SMALL.get(op, {}).get(device, {})
+    of = "multiply-adds" if op in dispatch.MATRIX_OPS else "elements"
+    found = ", ".join(f"{size:,} in {str(dtype).removeprefix('torch.')}" for dtype, size in limits.items())
+    return [f"torch for calls below {found} {of}"] if found else []
 
 
 def report() -> None:

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> activate_backward_cpu(const Tensor& dy, const Tensor&
   check_like(x, dy, "dy");
   RowsOf d = rows_of(dy), r = rows_of(x);
   Tensor dx = new_contiguous(x), b = to_fp32(bias);
-  Tensor dbias = torch::stable::new_empty(bias, {bias_gradient ? r.cols : 0});
+  Tensor dbias = make_empty(bias, {bias_gradient ? r.cols : 0});
   Tensor partial = new_fp32(x, {bias_gradient ? row_blocks(r.rows) : 0, r.cols});
   activate_backward(dtype_of(x), activation_of(activation), d, r, (const float*)b.const_data_ptr(),
                     contiguous_rows(dx, r), {nullptr, 0}, (float*)partial.mutable_data_ptr(), dtype_of(bias),

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -63,6 +64,25 @@ inline DType dtype_of(const Tensor& t) {
   return DType::fp32;
 }
 
+// A contiguous tensor on like's device, not written yet. By the C shim: torch::stable::new_empty looks its operator up
+// by name, which costs a microsecond a call.
+inline Tensor make_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t device, type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (dtype) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  }
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, device,
+                                                         like.get_device_index(), &made));
+  return Tensor(made);
+}
+
 // A tensor (..., n) as rows of n contiguous elements one stride apart; copied only where it is not.
 struct RowsOf {
   Tensor tensor;
@@ -100,7 +120,7 @@ inline Tensor in_kept_memory(Tensor small) {
 }
 // For every result that may be large
 inline Tensor new_result(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  return in_kept_memory(torch::stable::new_empty(like, sizes));
+  return in_kept_memory(make_empty(like, sizes));
 }
 inline Tensor new_contiguous(const Tensor& like) { return new_result(like, like.sizes()); }
 inline MutableRows contiguous_rows(Tensor& t, const RowsOf& like) { return {t.mutable_data_ptr(), like.cols}; }
@@ -109,12 +129,12 @@ inline MutableRows contiguous_rows(Tensor& t, const RowsOf& like) { return {t.mu
 inline Tensor to_fp32(const Tensor& parameter, float offset = 0.f) {
   Tensor p = torch::stable::contiguous(parameter);
   if (p.scalar_type() == ScalarType::Float && offset == 0.f) return p;
-  Tensor wide = torch::stable::new_empty(p, p.sizes(), ScalarType::Float);
+  Tensor wide = make_empty(p, p.sizes(), ScalarType::Float);
   widen(dtype_of(p), p.const_data_ptr(), offset, (float*)wide.mutable_data_ptr(), p.numel());
   return wide;
 }
 inline Tensor new_fp32(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, ScalarType::Float);
+  return make_empty(like, {sizes.begin(), sizes.size()}, ScalarType::Float);
 }
 
 #define CHECK_SAME_DTYPE(a, b) STD_TORCH_CHECK((a).scalar_type() == (b).scalar_type(), #a " and " #b " differ in dtype")

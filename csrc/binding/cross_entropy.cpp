@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const 
                   ", expected (rows, classes) with contiguous rows");
   int64_t rows = input.size(0), classes = input.size(1);
   Loss loss(target, rows, classes, weight, upstream, ignore_index, label_smoothing, softcap);
-  Tensor dinput = upstream ? new_result(input, {rows, classes}) : torch::stable::new_empty(input, {0});
+  Tensor dinput = upstream ? new_result(input, {rows, classes}) : make_empty(input, {0});
   cross_entropy(dtype_of(input), loss.rows, input.const_data_ptr(), input.stride(0), dinput.mutable_data_ptr(),
                 classes);
   if (upstream) {

@@ -48,7 +48,7 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b, float scale) {
   if (dtype_of(a) == DType::fp32) return mm_add(sum, sum, a_t, b, scale);
   int64_t n = sum.size(0), k = sum.size(1),
           step = std::clamp<int64_t>(kSliceBytes / (2 * k), 64, std::max<int64_t>(n, 64));
-  Tensor buffer = torch::stable::new_empty(a, {std::min(step, n), k});
+  Tensor buffer = make_empty(a, {std::min(step, n), k});
   float* out = static_cast<float*>(sum.mutable_data_ptr());
   for (int64_t begin = 0; begin < n; begin += step) {
     int64_t rows = std::min(step, n - begin);
@@ -92,8 +92,8 @@ Gradients linear_cross_entropy_cpu(const Tensor& input, const Tensor& linear_wei
 
   auto gradient = [&](int i, const std::optional<Tensor>& like) {
     bool needed = upstream && like && needs[i];
-    if (!needed) return torch::stable::new_empty(input, {0}, i ? ScalarType::Float : input.scalar_type());
-    Tensor g = torch::stable::new_empty(input, like->sizes(), i ? ScalarType::Float : input.scalar_type());
+    if (!needed) return make_empty(input, {0}, i ? ScalarType::Float : input.scalar_type());
+    Tensor g = make_empty(input, like->sizes(), i ? ScalarType::Float : input.scalar_type());
     return torch::stable::zero_(g);
   };
   Tensor dinput = gradient(0, input), dweight = gradient(1, linear_weight), dbias = gradient(2, linear_bias);
@@ -113,11 +113,11 @@ Gradients linear_cross_entropy_cpu(const Tensor& input, const Tensor& linear_wei
   int64_t chunk = std::clamp<int64_t>(logits_bytes / (classes * size_of(t)), 16, std::max<int64_t>(counted, 16));
   chunk = (counted + (counted + chunk - 1) / chunk - 1) / ((counted + chunk - 1) / chunk);  // chunks of equal length
 
-  Tensor logits_buffer = torch::stable::new_empty(input, {chunk, classes});
-  Tensor x_buffer = torch::stable::new_empty(input, {counted == n ? 0 : chunk, features});
-  Tensor dx_buffer = torch::stable::new_empty(input, {counted == n || !dinput.numel() ? 0 : chunk, features});
-  Tensor h_buffer = torch::stable::new_empty(input, {rank ? chunk : 0, rank});
-  Tensor dh_buffer = torch::stable::new_empty(input, {rank ? chunk : 0, rank});
+  Tensor logits_buffer = make_empty(input, {chunk, classes});
+  Tensor x_buffer = make_empty(input, {counted == n ? 0 : chunk, features});
+  Tensor dx_buffer = make_empty(input, {counted == n || !dinput.numel() ? 0 : chunk, features});
+  Tensor h_buffer = make_empty(input, {rank ? chunk : 0, rank});
+  Tensor dh_buffer = make_empty(input, {rank ? chunk : 0, rank});
   Tensor weight_t = transpose(linear_weight);
 
   const LossRows all = loss.rows;

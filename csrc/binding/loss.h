@@ -15,7 +15,7 @@ struct Loss {
   Loss(const Tensor& target, int64_t n, int64_t classes, const std::optional<Tensor>& weight,
        const std::optional<Tensor>& upstream, int64_t ignore_index, double label_smoothing,
        std::optional<double> softcap)
-      : loss(torch::stable::new_empty(target, {n}, ScalarType::Double)), lse(torch::stable::empty_like(loss)) {
+      : loss(make_empty(target, {n}, ScalarType::Double)), lse(make_empty(target, {n}, ScalarType::Double)) {
     CHECK_SHAPE(target, n);
     CHECK_CONTIGUOUS(target);
     STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64");

@@ -28,7 +28,7 @@ Tensor weight_lines(const Tensor& x, const Optional& weight, float offset, int64
   return torch::stable::fill_(ones, 1.0);
 }
 
-Tensor empty_or_like(const Tensor& x, bool like) { return like ? new_contiguous(x) : torch::stable::new_empty(x, {0}); }
+Tensor empty_or_like(const Tensor& x, bool like) { return like ? new_contiguous(x) : make_empty(x, {0}); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(const Tensor& x, Optional weight, Optional bias, Optional residual,
                                                     double eps, double weight_offset, bool center) {
@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_cpu(const Tensor& x, Optional we
   Tensor b = bias ? to_fp32(*bias) : w;
   Tensor y = new_contiguous(x), sum = empty_or_like(x, residual.has_value());
   std::vector<int64_t> leading(x.sizes().begin(), x.sizes().end() - 1), none{0};
-  Tensor mean = torch::stable::new_empty(x, center ? leading : none, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x, leading, ScalarType::Float);
+  Tensor mean = make_empty(x, center ? leading : none, ScalarType::Float);
+  Tensor rstd = make_empty(x, leading, ScalarType::Float);
   norm(dtype_of(x), shape, in, residual ? Rows(other) : Rows{nullptr, 0}, (const float*)w.const_data_ptr(),
        bias ? (const float*)b.const_data_ptr() : nullptr, eps, y.mutable_data_ptr(), sum.mutable_data_ptr(),
        (float*)mean.mutable_data_ptr(), (float*)rstd.mutable_data_ptr());

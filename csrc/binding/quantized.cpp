@@ -8,7 +8,7 @@ namespace {
 Tensor dequantize_cpu(const Tensor& codes, const Tensor& scale, std::vector<double> levels, int64_t n, int64_t k,
                       int64_t block_rows, int64_t block_columns, ScalarType dtype) {
   check_codes(codes, scale, levels.size(), n, k, block_rows, block_columns);
-  Tensor out = torch::stable::new_empty(codes, {n, k}, dtype);
+  Tensor out = make_empty(codes, {n, k}, dtype);
   const std::vector<float> table(levels.begin(), levels.end());
   if (out.numel() > 0) {
     dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()), table.data(), int(table.size()),

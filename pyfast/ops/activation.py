@@ -21,7 +21,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     check_floating("swiglu", gate=gate)
     check_same("swiglu", gate=gate, up=up)
-    backend = dispatch.choose("swiglu", gate)
+    backend = dispatch.choose("swiglu", gate, gate.numel())
     if backend == "reference":
         return reference.swiglu(gate, up)
     if backend == "torch":

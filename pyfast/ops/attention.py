@@ -78,7 +78,8 @@ def attention(
                 f" (B, H, Sq, Sk) = {full}"
             )
     options |= {"attention_mask": attention_mask, "attn_bias": attn_bias, "return_lse": return_lse}
-    backend = dispatch.choose(name, q)
+    size = 2 * q.numel() * sk if sq == 1 and _plain(q, k, v, options) else None
+    backend = dispatch.choose(name, q, size)
     if backend in ("reference", "torch"):
         return (reference.attention if backend == "reference" else _torch_attention)(q, k, v, **options)
     return _kernel(backend, q, k, v, **options)
@@ -170,6 +171,14 @@ def _arguments(op, q, k, v, layout: str, causal, scale, window_size, softcap, si
             "seed": philox.seed_tensor(op, seed, q.device) if dropout_p > 0 else None,
         },
     )
+
+
+def _plain(q, k, v, options) -> bool:
+    """Whether SDPA serves a single query without a mask, and no gradient is wanted: its backward is slow."""
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    off = (options[name] is None for name in ("softcap", "sinks", "attention_mask", "attn_bias"))
+    window = options["window_size"] == (-1, -1)
+    return not grad and window and all(off) and options["dropout_p"] == 0 and not options["return_lse"]
 
 
 def _check_heads(op: str, q, k, v, layout: str) -> None:
@@ -323,6 +332,7 @@ def _torch_attention(
     """SDPA where it serves the options, else PyTorch's composite: products in the input's dtype, softmax in fp32."""
     (batch, heads, sq, _), sk = q.shape, k.shape[2]
     visible = None
+    causal = causal and sq > 1  # one query, the last, sees every key
     if causal or window_size != (-1, -1):
         visible = reference.visible_keys(sq, sk, causal, window_size, q.device)
     if attention_mask is not None:

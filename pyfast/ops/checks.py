@@ -37,6 +37,7 @@ def describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
 
 
+# These run at every call, so that each first asks, in as few looks at the tensors as can be, whether all is well.
 def check_floating(op: str, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
@@ -49,14 +50,39 @@ def check_floating(op: str, **tensors: torch.Tensor) -> None:
 def check_number(op: str, **values: float) -> None:
     """Each value is a real number; a comparison of its range may follow."""
     for name, value in values.items():
+        if type(value) is float:
+            continue
         if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
             raise TypeError(f"{op}: {name} is {value!r}, expected a number")
+
+
+def like(tensor: torch.Tensor, first: torch.Tensor) -> bool:
+    """Whether it is a tensor of the dtype, device and layout of another one that was checked."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype == first.dtype
+        and tensor.device == first.device
+        and tensor.layout == first.layout
+    )
+
+
+def beside(tensor: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether it is like x, or in fp32 beside an x of lower precision."""
+    return like(tensor, x) or (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype == torch.float32
+        and x.dtype != torch.float64
+        and tensor.device == x.device
+        and tensor.layout == x.layout
+    )
 
 
 def check_same(op: str, *, shape: bool = True, **tensors: torch.Tensor) -> None:
     """All tensors have the first one's dtype and device, and its shape unless shape=False."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
+        if like(tensor, first) and (not shape or tensor.shape == first.shape):
+            continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.dtype != first.dtype:
@@ -71,8 +97,10 @@ def check_same(op: str, *, shape: bool = True, **tensors: torch.Tensor) -> None:
 
 def check_parameter(op: str, x: torch.Tensor, **parameters: torch.Tensor) -> None:
     """Each parameter is on x's device and in x's dtype, or in fp32 beside a lower-precision x."""
-    check_floating(op, **parameters)
     for name, parameter in parameters.items():
+        if beside(parameter, x):
+            continue
+        check_floating(op, **{name: parameter})
         if parameter.dtype != x.dtype and (parameter.dtype != torch.float32 or x.dtype == torch.float64):
             raise TypeError(f"{op}: {name} is {describe(parameter)}, expected {x.dtype}, as the input, or float32")
         if parameter.device != x.device:

@@ -38,9 +38,10 @@ def cross_entropy(
     check_floating(op, input=input)
     if input.dim() not in (1, 2):
         raise ValueError(f"{op}: input is {describe(input)}, expected (rows, V) or (V,): reshape it to (-1, V)")
-    check_loss(op, input, target, input.shape[-1], weight, ignore_index, reduction, label_smoothing, softcap, z_loss)
-    backend = dispatch.choose(op, input)
     options = (ignore_index, reduction, label_smoothing)
+    counted = check_loss(op, input, target, input.shape[-1], weight, *options, softcap, z_loss)
+    plain = counted and weight is None and softcap is None and z_loss == 0
+    backend = dispatch.choose(op, input, input.numel() if plain else None)
     if backend == "reference":
         return reference.cross_entropy(
             input,
@@ -65,8 +66,11 @@ def cross_entropy(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-def check_loss(op, input, target, classes, weight, ignore_index, reduction, label_smoothing, softcap, z_loss):
-    """The checks of every loss: target (...) of input (..., anything) with `classes` classes, and the options."""
+def check_loss(op, input, target, classes, weight, ignore_index, reduction, label_smoothing, softcap, z_loss) -> bool:
+    """The checks of every loss: target (...) of input (..., anything) with `classes` classes, and the options.
+
+    Returns whether it is known that every row counts: PyTorch's operators let a NaN through from a row that does not.
+    """
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"{op}: target is {type(target).__name__}, expected a torch.Tensor")
     if target.dtype != torch.int64:
@@ -95,14 +99,18 @@ def check_loss(op, input, target, classes, weight, ignore_index, reduction, labe
     check_softcap(op, softcap)
     if not z_loss >= 0:
         raise ValueError(f"{op}: z_loss is {z_loss}, expected a number that is not negative")
-    if values_known(target):  # else the kernels check
-        low, high = target.where(target != ignore_index, 0).aminmax() if target.numel() else (0, 0)
-        if low < 0 or high >= classes:
-            wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-            raise ValueError(
-                f"{op}: target has {int(wrong.sum())} values out of range, the first {int(target[wrong][0])}:"
-                f" expected 0 to {classes - 1}, or ignore_index {ignore_index}"
-            )
+    if not values_known(target) or not target.numel():  # the kernels check
+        return False
+    low, high = target.aminmax()
+    if low >= 0 and high < classes:
+        return not 0 <= ignore_index < classes
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"{op}: target has {int(wrong.sum())} values out of range, the first {int(target[wrong][0])}:"
+            f" expected 0 to {classes - 1}, or ignore_index {ignore_index}"
+        )
+    return False
 
 
 def check_vector(op, name, vector, classes, input):
@@ -180,7 +188,7 @@ class _CrossEntropy(torch.autograd.Function):
         upstream = None
         if scalar:
             loss_divisor, row_divisor = divisors(target, weight, ignore_index, reduction)
-            upstream = per_row(1 / loss_divisor, z_loss / row_divisor, len(target))
+            upstream = per_row(1 / loss_divisor, z_loss / row_divisor, target.shape[0])
         # a gradient made now makes the host ask in backward whether dy is 1: not on GPUs, which it does not wait for
         ctx.fused = scalar and graph is not None and input.dtype != torch.float16 and backend == "cpu"
         loss, lse, dinput = dispatch.kernels(backend).cross_entropy(
@@ -205,6 +213,6 @@ class _CrossEntropy(torch.autograd.Function):
                 dinput = dinput * dy
         else:
             input, target, weight, upstream = ctx.saved_tensors
-            upstream = per_row(dy, ctx.z_loss * dy, len(target)) if upstream is None else upstream * dy
+            upstream = per_row(dy, ctx.z_loss * dy, target.shape[0]) if upstream is None else upstream * dy
             _, _, dinput = dispatch.kernels(ctx.backend).cross_entropy(input, target, weight, upstream, *ctx.options)
         return dinput, *[None] * 9

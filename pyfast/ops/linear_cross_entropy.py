@@ -58,15 +58,18 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: linear_weight is {describe(linear_weight)}, expected (V, {input.shape[-1]})")
     if linear_weight.device != input.device:
         raise ValueError(f"{op}: linear_weight is {describe(linear_weight)}, expected input's device, {input.device}")
-    classes = len(linear_weight)
-    check_loss(op, input, target, classes, weight, ignore_index, reduction, label_smoothing, softcap, z_loss)
+    classes = linear_weight.shape[0]
+    options = (ignore_index, reduction, label_smoothing)
+    counted = check_loss(op, input, target, classes, weight, *options, softcap, z_loss)
     if linear_bias is not None:
         check_vector(op, "linear_bias", linear_bias, classes, input)
     _check_lora(op, input, classes, lora_A, lora_B)
     check_number(op, scaling=scaling, logit_scale=logit_scale)
     if num_items_in_batch is not None:
         _check_num_items(op, num_items_in_batch, reduction)
-    backend = dispatch.choose(op, input)
+    unset = (weight, linear_bias, lora_A, softcap, num_items_in_batch)
+    plain = counted and z_loss == 0 and all(option is None for option in unset)
+    backend = dispatch.choose(op, input, input.numel() * classes if plain else None)
     if backend == "reference":
         return reference.linear_cross_entropy(
             input,
@@ -95,8 +98,7 @@ def linear_cross_entropy(
         logits = reference.wide(logits) * logit_scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        options = (ignore_index, reduction, label_smoothing, z_loss, num_items_in_batch)
-        return composite_loss(logits, target, weight, *options)
+        return composite_loss(logits, target, weight, *options, z_loss, num_items_in_batch)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, *parameters)]
     loss = _LinearCrossEntropy.apply(
         *distinct(
@@ -125,8 +127,8 @@ def _check_lora(op, input, classes, lora_A, lora_B):
     features = input.shape[-1]
     if lora_A.dim() != 2 or lora_A.shape[1] != features or lora_A.shape[0] < 1:
         raise ValueError(f"{op}: lora_A is {describe(lora_A)}, expected (r, {features}) with r of 1 or more")
-    if lora_B.shape != (classes, len(lora_A)):
-        raise ValueError(f"{op}: lora_B is {describe(lora_B)}, expected ({classes}, {len(lora_A)})")
+    if lora_B.shape != (classes, lora_A.shape[0]):
+        raise ValueError(f"{op}: lora_B is {describe(lora_B)}, expected ({classes}, {lora_A.shape[0]})")
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor.device != input.device:
             raise ValueError(f"{op}: {name} is {describe(tensor)}, expected the device of input, {input.device}")
@@ -185,7 +187,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         upstream = None
         if any(needs):
             one = torch.ones_like(loss_divisor)
-            upstream = per_row(one, z_loss * loss_divisor / row_divisor, len(target))
+            upstream = per_row(one, z_loss * loss_divisor / row_divisor, target.shape[0])
         loss, lse, *gradients = _run(ctx, *inputs, upstream=upstream)
         if any(needs):
             factor = (1 / loss_divisor).where((target != options[1]).any(), 0)  # no row counts: zeros, as in torch
@@ -200,7 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             factor = factor * dy
             gradients = [g * factor for g in gradients]
         else:
-            upstream = per_row(dy, ctx.z_loss * dy, len(dy))
+            upstream = per_row(dy, ctx.z_loss * dy, dy.shape[0])
             _, _, *gradients = _run(ctx, *ctx.saved_tensors, upstream=upstream)
         gradients = zip(gradients, ctx.dtypes, ctx.needs, strict=True)
         return *(g.to(dtype) if needed else None for g, dtype, needed in gradients), *[None] * 9

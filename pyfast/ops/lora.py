@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pyfast import dispatch, philox, reference
 from pyfast.ops.autograd import autocast, distinct, first_order
-from pyfast.ops.checks import check_floating, check_number, check_parameter, describe
+from pyfast.ops.checks import beside, check_floating, check_number, check_parameter, describe, like
 from pyfast.quantized import FP8_TILE, NF4_LEVELS, QuantizedWeight, dequantize
 
 
@@ -122,7 +122,9 @@ def _linears(op, x, named, dropout_p, seeds):
     x = _autocast_input(op, x)
     projections = [_check(op, prefix, p, x, x.shape[-1]) for prefix, p in named.items()]
     seeds = _seeds(op, seeds, len(projections), dropout_p, x.device)
-    backend = dispatch.choose(op, x)
+    plain = dropout_p == 0 and not any(isinstance(p.weight, QuantizedWeight) for p in projections)
+    size = x.numel() * sum(p.weight.shape[0] for p in projections) if plain else None
+    backend = dispatch.choose(op, x, size)
     if backend == "reference":
         return reference.lora_linears(x, projections, dropout_p=dropout_p, seeds=seeds)
     if backend == "torch":
@@ -141,6 +143,8 @@ def _check(op, prefix, p, x, k) -> LoraWeights:
     """The projection of an input with k columns and x's dtype and device, checked, its weight cast under autocast."""
     if not isinstance(p, LoraWeights):
         raise TypeError(f"{op}: {prefix.rstrip('.')} is {type(p).__name__}, expected LoraWeights")
+    if _fits(p, x, k):
+        return p
     weight, lora_A, lora_B, scaling, bias = p
     if not isinstance(weight, QuantizedWeight):
         check_floating(op, **{f"{prefix}weight": weight})
@@ -172,6 +176,21 @@ def _check(op, prefix, p, x, k) -> LoraWeights:
             raise ValueError(f"{op}: {name} is {describe(tensor)}, expected {letters} = {shape}")
     check_number(op, **{f"{prefix}scaling": scaling})
     return LoraWeights(weight, lora_A, lora_B, float(scaling), bias)
+
+
+def _fits(p, x, k) -> bool:
+    """Whether nothing is wrong with a projection and nothing is to be cast: asked at each call, so kept short."""
+    weight, lora_A, lora_B, scaling, bias = p
+    if isinstance(weight, QuantizedWeight) or not like(weight, x) or weight.dim() != 2 or type(scaling) is not float:
+        return False
+    n, columns = weight.shape
+    if columns != k or not (bias is None or (beside(bias, x) and bias.shape == (n,))):
+        return False
+    if lora_A is None or lora_B is None:
+        return lora_A is lora_B
+    if not (beside(lora_A, x) and beside(lora_B, x)):
+        return False
+    return lora_B.dim() == 2 and lora_B.shape[1] > 0 and lora_A.shape == (lora_B.shape[1], k) and lora_B.shape[0] == n
 
 
 def _seeds(op, seeds, count, dropout_p, device):

@@ -51,7 +51,7 @@ def rope(
         return _torch(q, k, cos, sin, interleaved)
     if cos.dim() == 2:
         cos, sin = cos[None], sin[None]
-    return tuple(_Rope.apply(*distinct(x, cos, sin), bool(interleaved), backend) for x in (q, k))
+    return _Rope.apply(*distinct(q, k, cos, sin), bool(interleaved), backend)
 
 
 def _torch(q, k, cos, sin, interleaved):
@@ -69,13 +69,18 @@ def _torch(q, k, cos, sin, interleaved):
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, interleaved, backend):
+    def forward(ctx, q, k, cos, sin, interleaved, backend):
         ctx.interleaved, ctx.backend = interleaved, backend
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin)
-        return dispatch.kernels(backend).rope(x, cos, sin, interleaved, False)
+        turn = dispatch.kernels(backend).rope
+        return turn(q, cos, sin, interleaved, False), turn(k, cos, sin, interleaved, False)
 
     @staticmethod
     @first_order
-    def backward(ctx, dy):
+    def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        return dispatch.kernels(ctx.backend).rope(dy, cos, sin, ctx.interleaved, True), None, None, None, None
+        turn = dispatch.kernels(ctx.backend).rope
+        needed = zip((dq, dk), ctx.needs_input_grad, strict=False)
+        dq, dk = (turn(d, cos, sin, ctx.interleaved, True) if n and d is not None else None for d, n in needed)
+        return dq, dk, None, None, None, None
