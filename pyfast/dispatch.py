@@ -36,7 +36,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
-    "linear_cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
+    "linear_cross_entropy": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "swiglu": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "geglu": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
     "gelu_bias": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},

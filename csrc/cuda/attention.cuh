@@ -20,6 +20,7 @@
 
 #include "common/philox.h"
 #include "cuda/attention.h"
+#include "cuda/math.cuh"
 #include "cuda/tile.cuh"
 
 namespace pyfast::cuda {
@@ -96,15 +97,7 @@ __device__ __forceinline__ T* row_of(const Heads& x, int64_t batch, int64_t head
   return static_cast<T*>(const_cast<void*>(x.data)) + batch * x.batch + head * x.head + row * x.row;
 }
 
-// e^x: of a 16-bit result within a few ulp of fp32
-template <class T>
-__device__ __forceinline__ float exponential(float x) {
-  if constexpr (sizeof(T) == 4) return expf(x);
-  return exp2_approx(x * 1.44269504f);
-}
-
 // Called, not inlined at each of a tile's elements: kernels would grow tenfold
-__device__ __attribute__((noinline)) inline float called_tanh(float x) { return tanhf(x); }
 struct alignas(16) Words {
   uint32_t words[4];
 };

@@ -76,6 +76,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
       },
       "__ballot_sync");
 }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 

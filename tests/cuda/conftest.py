@@ -21,10 +21,14 @@ def kernel(request):
         yield "cuda", None
 
 
+#: what takes the emulator longest and crosses no border that other tests do not
+LONG = ("test_frozen_head[", "test_frozen_head_of_many_features")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of the tests that test_op_*.py borrow, those that take no kernel run in their own module. `make test` runs each
-    test in one schedule, by its name; the others are left to `make test-all`."""
+    test in one schedule, by its name; the others, and the longest, are left to `make test-all`."""
     borrowed = [item for item in items if item.path.name.startswith("test_op_") and item.path.parent.name == "cuda"]
     for item in borrowed:
         if "kernel" in item.fixturenames:
@@ -32,7 +36,8 @@ def pytest_collection_modifyitems(items):
             name = item.name.replace(item.callspec.id, "") + repr(
                 [(k, str(v)) for k, v in sorted(item.callspec.params.items()) if k != "kernel"]
             )
-            if schedule != SCHEDULES[zlib.crc32(name.encode()) % len(SCHEDULES)]:
+            chosen = SCHEDULES[zlib.crc32(name.encode()) % len(SCHEDULES)]
+            if schedule != chosen or item.name.startswith(LONG):
                 item.add_marker(pytest.mark.slow)
     repeated = {item for item in borrowed if "kernel" not in item.fixturenames}
     items[:] = [item for item in items if item not in repeated]

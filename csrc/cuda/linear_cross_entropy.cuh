@@ -1,0 +1,377 @@
+// A language model's head and its loss, without its logits z = softcap((x W^T + bias + s (x A^T) B^T) scale).
+//
+// Rows that count are listed first, in order; their number stays on the GPU. Then, for as many rows at a time as the
+// memory holds (logits_bytes, 200 MB):
+//   1. h = s x A^T                          where the head has an adapter, which is 16 more terms of the next product
+//   2. x W^T + h B^T, rows gathered         its epilogue leaves of each row, in each tile of classes, the largest logit
+//                                           m_t and sum exp(z - m_t), the target's logit, and e = exp(z - m_t) in T
+//   3. a row's tiles become its loss, and factors of its gradient
+//   4. d = gradient of x W^T, in e's place: f exp(m_t - m) e - smoothing, and another value at the target
+//   5. dh = s d B, dx = d W + dh A (rows scattered), dW += d^T x, dbias += sum d, dA += dh^T x, dB += d^T h:
+//      what is needed of them
+// Without gradients 2 leaves no e, and 4 and 5 fall away; a frozen head needs two products, 2 and dx. Exponentials in
+// the epilogue are QuACK's idea, the gradient in the forward Liger-Kernel's. With softcap, whose slope needs them, the
+// logits themselves are kept, in fp32. Nothing is added atomically: the same inputs give the same bits.
+//
+// Tiling and shared memory: gemm.cuh's; the others need less than 3 KB.
+// Bound: two products, 4 rows V K FLOP (8,192 rows of K = 4,096 and V = 128,256: 17 TFLOP, 43 ms at the 400 TFLOP/s
+// that mma.sync may reach on an H100, 22 ms at wgmma's 800; 86 ms at 200 on an A100). Beside them 3 and 4 read e
+// once and write d in its place, 4 rows V bytes (4.2 GB, 1.4 ms at 3.0 TB/s): 1.03 times two products with mma.sync.
+// W is read twice for each 200 MB of e. A trained head adds a product, and 8 V K bytes per 200 MB. Bounds on paper.
+#pragma once
+#include "cuda/gemm.cuh"
+#include "cuda/linear_cross_entropy.h"
+#include "cuda/math.cuh"
+
+namespace pyfast::cuda {
+
+constexpr int kHeadThreads = 256;  // of all but the products
+constexpr int kRowsOfBlock = 8;    // in step 3
+
+// What a row's gradient needs: d = factor exp(z - max) - soft w, and `target` at the target; the logits' scale in them
+struct alignas(16) LogitGradient {
+  float max, factor, soft, target;
+};
+struct alignas(8) TileState {
+  float max, sum;  // the sum of exp(z - max)
+};
+struct alignas(8) TileSmoothing {
+  float below, weights;  // the sums of w (z - max) and of w
+};
+
+// How memory is laid out, and what the kernels share
+struct HeadLaunch {
+  LinearCrossEntropy a;
+  int64_t chunk, begin;     // rows at a time; the first that is in the memory now, among those that count
+  int64_t tiles, ld, ld_h;  // tiles of classes; elements from one row of e and d to the next, and of h
+  int class_tile, splits;
+
+  template <class T>
+  static HeadLaunch make(const LinearCrossEntropy& a) {
+    using G = Gemm<T, false, false>;
+    HeadLaunch l{a, 0, 0, 0, 0, 0, G::kPart, 1};
+    l.tiles = (a.classes + G::kPart - 1) / G::kPart;
+    l.ld = (a.classes + 7) / 8 * 8, l.ld_h = (a.rank + 7) / 8 * 8;
+    int64_t row_bytes = 16 * l.tiles;
+    if (a.upstream) row_bytes += l.ld * (l.kept_size() + (l.in_place() ? 0 : int64_t(sizeof(T))));
+    l.chunk = a.logits_bytes / row_bytes;
+    if (l.chunk > G::kBlock) l.chunk = l.chunk / G::kBlock * G::kBlock;
+    if (l.chunk < 16) l.chunk = 16;
+    if (l.chunk > a.rows) l.chunk = a.rows;
+    return l;
+  }
+  // The sums of a narrow product are split, so that it has blocks enough
+  template <class T>
+  static int splits_of(int64_t depth) {
+    const int64_t steps = (depth + Gemm<T, false, false>::kDepth - 1) / Gemm<T, false, false>::kDepth;
+    return steps > 512 ? 64 : steps < 1 ? 1 : int((steps + 7) / 8);
+  }
+  template <class T>
+  void sizes(int64_t (&bytes)[kMemories]) const {
+    const bool gradient = a.upstream;
+    const int64_t longest = gradient && a.classes > a.features ? a.classes : a.features;
+    const auto set = [&](Memory m, int64_t size) { bytes[int(m)] = size; };
+    set(Memory::index, a.rows * 8);
+    set(Memory::counted, 8);
+    set(Memory::kept, gradient ? chunk * ld * kept_size() : 0);
+    set(Memory::d, gradient && !in_place() ? chunk * ld * int64_t(sizeof(T)) : 0);
+    set(Memory::states, chunk * tiles * int64_t(sizeof(TileState)));
+    set(Memory::below, a.label_smoothing > 0.0 ? chunk * tiles * int64_t(sizeof(TileSmoothing)) : 0);
+    set(Memory::target_logit, chunk * 4);
+    set(Memory::rows, gradient ? chunk * int64_t(sizeof(LogitGradient)) : 0);
+    set(Memory::h, chunk * ld_h * int64_t(sizeof(T)));
+    set(Memory::dh, gradient ? chunk * ld_h * int64_t(sizeof(T)) : 0);
+    set(Memory::parts, a.rank ? splits_of<T>(longest) * chunk * a.rank * 4 : 0);
+  }
+  int64_t kept_size() const { return a.softcap > 0.f || a.dtype == DType::fp32 ? 4 : 2; }
+  bool in_place() const { return a.softcap == 0.f || a.dtype == DType::fp32; }
+
+  template <class To>
+  __host__ __device__ To* at(Memory m) const {
+    return static_cast<To*>(a.memory[int(m)]);
+  }
+  __host__ __device__ const int64_t* index() const { return at<int64_t>(Memory::index) + begin; }
+  template <class T>
+  __host__ __device__ T* d() const {
+    return at<T>(a.softcap == 0.f || sizeof(T) == 4 ? Memory::kept : Memory::d);
+  }
+  __device__ int64_t here() const {
+    const int64_t left = *at<int64_t>(Memory::counted) - begin;
+    return left < 0 ? 0 : left < chunk ? left : chunk;
+  }
+};
+
+// ---- step 2
+
+struct LogitsLaunch {
+  Product p;
+  HeadLaunch l;
+};
+
+template <class T, bool kBDeep, bool kGeneral>
+__global__ void __launch_bounds__(Gemm<T, false, kBDeep>::kThreads)
+    logits_kernel(const __grid_constant__ LogitsLaunch launched) {
+  PYFAST_SHARED(shared);
+  using G = Gemm<T, false, kBDeep>;
+  const HeadLaunch& l = launched.l;
+  const LinearCrossEntropy& a = l.a;
+  const G gemm(launched.p);
+  if (gemm.empty()) return;
+  typename G::Sums z = {};
+  gemm.run(launched.p, shared, z);
+
+#pragma unroll
+  for (int j = 0; j < G::kColumns; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int64_t c = gemm.column_of(j, e);
+      const float bias = a.bias && c < a.classes ? to_float(static_cast<const T*>(a.bias)[c * a.bias_stride]) : 0.f;
+#pragma unroll
+      for (int i = 0; i < 2 * G::kRows; ++i) {
+        float& x = z[i / 2][j][i % 2 * 2 + e];
+        x = (x + bias) * a.logit_scale;
+        if (kGeneral && a.softcap > 0.f) x = a.softcap * called_tanh(x / a.softcap);
+        if (c >= a.classes) x = -INFINITY;
+      }
+    }
+
+  const int64_t tile = (gemm.column + gemm.warp_column) / G::kPart;
+#pragma unroll
+  for (int i = 0; i < G::kRows; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t r = gemm.row_of(i, 2 * h);
+      const bool counts = r < gemm.m;
+      const int64_t target = counts ? a.target[l.index()[r]] : -1;
+      float largest = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < G::kColumns; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float x = z[i][j][2 * h + e];
+          const int64_t c = gemm.column_of(j, e);
+          largest = fmaxf(largest, x);
+          if (c == target && c < a.classes) l.at<float>(Memory::target_logit)[r] = x;
+        }
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      const float shift = largest == -INFINITY ? 0.f : largest;
+      TileState state{largest, 0.f};
+      TileSmoothing smoothing{0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < G::kColumns; ++j) {
+        float e[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float x = z[i][j][2 * h + k];
+          const int64_t c = gemm.column_of(j, k);
+          e[k] = exponential<T>(x - shift);
+          state.sum += e[k];
+          if (kGeneral && a.label_smoothing > 0.0 && c < a.classes) {
+            const float w = a.class_weight ? a.class_weight[c] : 1.f;
+            smoothing.weights += w;
+            if (w != 0.f) smoothing.below += w * (x - shift);
+          }
+        }
+        const int64_t c = gemm.column_of(j, 0), to = r * l.ld + c;
+        if (!a.upstream || !counts || c >= l.ld) continue;
+        if (sizeof(T) == 4 || (kGeneral && a.softcap > 0.f)) {
+          const bool logits = kGeneral && a.softcap > 0.f;
+          const Pair pair{logits ? z[i][j][2 * h] : e[0], logits ? z[i][j][2 * h + 1] : e[1]};
+          *reinterpret_cast<Pair*>(l.at<float>(Memory::kept) + to) = pair;
+        } else if constexpr (sizeof(T) == 2) {
+          *reinterpret_cast<uint32_t*>(l.at<T>(Memory::kept) + to) = pack<T>(e[0], e[1]);
+        }
+      }
+#pragma unroll
+      for (int by = 1; by <= 2; by *= 2) {
+        state.sum += __shfl_xor_sync(~0u, state.sum, by);
+        if (kGeneral) {
+          smoothing.below += __shfl_xor_sync(~0u, smoothing.below, by);
+          smoothing.weights += __shfl_xor_sync(~0u, smoothing.weights, by);
+        }
+      }
+      if (gemm.lane % 4 == 0 && counts && tile < l.tiles) {
+        l.at<TileState>(Memory::states)[tile * l.chunk + r] = state;
+        if (kGeneral && a.label_smoothing > 0.0) l.at<TileSmoothing>(Memory::below)[tile * l.chunk + r] = smoothing;
+      }
+    }
+}
+
+// ---- step 4: a thread has 8 logits
+
+template <class T>
+__global__ void __launch_bounds__(kHeadThreads) logits_gradient_kernel(const __grid_constant__ HeadLaunch l) {
+  const LinearCrossEntropy& a = l.a;
+  const int64_t blocks_per_row = (l.ld / 8 + kHeadThreads - 1) / kHeadThreads;
+  const int64_t r = blockIdx.x / blocks_per_row;
+  const int64_t first = (blockIdx.x % blocks_per_row * kHeadThreads + threadIdx.x) * 8;
+  if (r >= l.here() || first >= l.ld) return;
+  const LogitGradient g = l.at<LogitGradient>(Memory::rows)[r];
+  const int64_t target = a.target[l.index()[r]];
+  const bool capped = a.softcap > 0.f;
+  T* const to = l.d<T>() + r * l.ld + first;
+  float kept[8], d[8];
+  if (capped || sizeof(T) == 4) {
+    memcpy(kept, reinterpret_cast<const Vector*>(l.at<float>(Memory::kept) + r * l.ld + first), sizeof kept);
+  } else {
+    T elements[8];
+    const Vector v = *reinterpret_cast<const Vector*>(to);
+    memcpy(elements, &v, sizeof v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) kept[i] = to_float(elements[i]);
+  }
+  float factor = g.factor;
+  if (!capped) factor *= expf(l.at<TileState>(Memory::states)[first / l.class_tile * l.chunk + r].max - g.max);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float slope = 1.f, e = kept[i];
+    if (capped) {
+      const float t = e / a.softcap;
+      slope = (1.f - t) * (1.f + t);
+      e = exponential<T>(e - g.max);
+    }
+    d[i] = factor * e;
+    if (a.label_smoothing > 0.0 && first + i < a.classes)
+      d[i] -= a.class_weight ? g.soft * a.class_weight[first + i] : g.soft;
+    if (first + i == target) d[i] = g.target;
+    d[i] *= slope;
+  }
+  constexpr int kVectors = sizeof(T) / 2;
+  T elements[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) elements[i] = from_float<T>(d[i]);
+  Vector v[kVectors];
+  memcpy(v, elements, sizeof v);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) reinterpret_cast<Vector*>(to)[i] = v[i];
+}
+
+// ---- step 5: the sums of d's columns, 8 columns to a thread; a warp takes every 8th row
+
+template <class T>
+__global__ void __launch_bounds__(kHeadThreads) dbias_kernel(const __grid_constant__ HeadLaunch l) {
+  PYFAST_SHARED(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t first = (blockIdx.x * int64_t(32) + lane) * 8, rows = l.here();
+  float sum[8] = {};
+  if (first < l.ld)
+    for (int64_t r = warp; r < rows; r += kHeadThreads / 32) {
+      T elements[8];
+      memcpy(elements, reinterpret_cast<const Vector*>(l.d<T>() + r * l.ld + first), sizeof elements);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] += to_float(elements[i]);
+    }
+  float* const sums = reinterpret_cast<float*>(shared);  // (warps, 256 columns)
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums[warp * 256 + lane * 8 + i] = sum[i];
+  __syncthreads();
+  const int64_t c = blockIdx.x * int64_t(256) + threadIdx.x;
+  if (c >= l.a.classes) return;
+  float total = l.begin ? l.a.dbias[c] : 0.f;
+  for (int w = 0; w < kHeadThreads / 32; ++w) total += sums[w * 256 + threadIdx.x];
+  l.a.dbias[c] = total;
+}
+
+// The parts of a narrow product (splits, chunk, rank) added, times scaling, to T
+struct JoinLaunch {
+  HeadLaunch l;
+  void* to;  // (chunk, ld_h)
+};
+template <class T>
+__global__ void __launch_bounds__(kHeadThreads) join_kernel(const __grid_constant__ JoinLaunch j) {
+  const HeadLaunch& l = j.l;
+  const int64_t at = int64_t(blockIdx.x) * kHeadThreads + threadIdx.x, rank = l.a.rank, r = at / rank;
+  if (r >= l.here()) return;
+  float sum = 0.f;
+  for (int s = 0; s < l.splits; ++s) sum += l.at<float>(Memory::parts)[s * l.chunk * rank + at];
+  static_cast<T*>(j.to)[r * l.ld_h + at % rank] = from_float<T>(sum * l.a.scaling);
+}
+
+// in linear_cross_entropy.cu
+int launch_counting(const HeadLaunch& l, void* stream);
+int launch_losses(const HeadLaunch& l, void* stream);
+
+template <class T>
+int launch_head(const LinearCrossEntropy& a, void* stream) {
+  HeadLaunch l = HeadLaunch::make<T>(a);
+  if (int e = launch_counting(l, stream)) return e;
+
+  const auto data = [](const Matrix& m) { return static_cast<const T*>(m.data); };
+  const auto as_rows = [&](const Matrix& m) { return Operand(data(m), m.row, m.column); };
+  const auto transposed = [&](const Matrix& m) { return Operand(data(m), m.column, m.row); };
+  // tiles of W, and of what stands beside it, take its rows as theirs, or its columns where those are contiguous
+  const bool weight_by_rows = a.weight.column == 1 || a.weight.row != 1;
+  const auto parameter = [&](const Matrix& m) { return weight_by_rows ? as_rows(m) : transposed(m); };
+  const int64_t *const counted = l.at<int64_t>(Memory::counted), chunk = l.chunk;
+  const bool general = a.softcap > 0.f || a.label_smoothing > 0.0;
+  const Matrix h{l.at<T>(Memory::h), l.ld_h, 1}, dh{l.at<T>(Memory::dh), l.ld_h, 1};
+
+  for (; l.begin < a.rows; l.begin += chunk) {
+    const Operand x(static_cast<const T*>(a.input), a.features, 1, l.index());
+    const auto product = [&](int64_t m, int64_t n, Term first, Term second = {}, int splits = 1) {
+      return Product{m, n, {first, second}, splits, counted, l.begin};
+    };
+    const auto narrow = [&](const Product& p, bool deep, const Matrix& to) -> int {
+      const Output parts{l.at<float>(Memory::parts), a.rank, nullptr, chunk * a.rank, true, false};
+      if (int e = deep ? launch_gemm<T, false, true>(p, parts, stream) : launch_gemm<T, false, false>(p, parts, stream))
+        return e;
+      l.splits = p.splits;
+      const Shape shape{(chunk * a.rank + kHeadThreads - 1) / kHeadThreads, kHeadThreads, 0};
+      return launch(join_kernel<T>, shape, JoinLaunch{l, const_cast<void*>(to.data)}, stream);
+    };
+    if (a.rank)
+      if (int e = narrow(
+              product(chunk, a.rank, {x, as_rows(a.lora_A), a.features}, {}, HeadLaunch::splits_of<T>(a.features)),
+              false, h))
+        return e;
+
+    const LogitsLaunch logits{
+        product(chunk, a.classes, {x, parameter(a.weight), a.features}, {as_rows(h), parameter(a.lora_B), a.rank}), l};
+    const auto kernel = weight_by_rows ? (general ? logits_kernel<T, false, true> : logits_kernel<T, false, false>)
+                                       : (general ? logits_kernel<T, true, true> : logits_kernel<T, true, false>);
+    using G = Gemm<T, false, false>;
+    const int bytes = weight_by_rows ? G::kSharedBytes : Gemm<T, false, true>::kSharedBytes;
+    if (int e = launch(kernel, Shape{G::blocks(logits.p), G::kThreads, bytes}, logits, stream)) return e;
+    if (int e = launch_losses(l, stream)) return e;
+    if (!a.upstream) continue;
+
+    const int64_t blocks_per_row = (l.ld / 8 + kHeadThreads - 1) / kHeadThreads;
+    if (int e = launch(logits_gradient_kernel<T>, Shape{chunk * blocks_per_row, kHeadThreads, 0}, l, stream)) return e;
+    const Operand d(l.d<T>(), l.ld, 1);
+    const bool later = l.begin > 0;
+    if (a.rank && (a.dinput || a.dA))
+      if (int e =
+              narrow(product(chunk, a.rank, {d, as_rows(a.lora_B), a.classes}, {}, HeadLaunch::splits_of<T>(a.classes)),
+                     true, dh))
+        return e;
+    if (a.dinput) {
+      const Product p =
+          product(chunk, a.features, {d, parameter(a.weight), a.classes}, {as_rows(dh), parameter(a.lora_A), a.rank});
+      const Output out{a.dinput, a.features, l.index(), 0, false, false};
+      if (int e = weight_by_rows ? launch_gemm<T, false, true>(p, out, stream)
+                                 : launch_gemm<T, false, false>(p, out, stream))
+        return e;
+    }
+    const auto add = [&](float* to, int64_t m, int64_t n, const Operand& left, const Operand& right) -> int {
+      if (!to) return 0;
+      return launch_gemm<T, true, true>(product(m, n, {left, right, chunk}), Output{to, n, nullptr, 0, true, later},
+                                        stream);
+    };
+    if (int e = add(a.dweight, a.classes, a.features, d, x)) return e;
+    if (int e = add(a.dA, a.rank, a.features, as_rows(dh), x)) return e;
+    if (int e = add(a.dB, a.classes, a.rank, d, as_rows(h))) return e;
+    if (a.dbias)
+      if (int e = launch(dbias_kernel<T>, Shape{(a.classes + 255) / 256, kHeadThreads, kHeadThreads / 32 * 256 * 4}, l,
+                         stream))
+        return e;
+  }
+  return 0;
+}
+
+// one per element type, each in a file of its own: they take longest to compile
+int head_fp32(const LinearCrossEntropy& a, void* stream);
+int head_bf16(const LinearCrossEntropy& a, void* stream);
+int head_fp16(const LinearCrossEntropy& a, void* stream);
+
+}  // namespace pyfast::cuda

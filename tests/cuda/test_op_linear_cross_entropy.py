@@ -1,0 +1,52 @@
+import torch
+from harness import run
+from test_linear_cross_entropy import *  # noqa: F403
+from test_linear_cross_entropy import OPTIONS, check, check_rule, inputs, linear_cross_entropy, pytest
+
+from pyfast import emulator
+
+
+def test_trainable_parts(kernel):
+    """As borrowed, with more elements: the 72 of the original gradient leave PyTorch's worst error to luck."""
+    (x, head, target), options = inputs(60, 72, 301, bias=True, rank=2)
+    tensors = {"input": x, "linear_weight": head, **{k: v for k, v in options.items() if torch.is_tensor(v)}}
+    for trained in tensors:
+        given = {k: v.detach().requires_grad_(k == trained) for k, v in tensors.items()}
+        check(linear_cross_entropy, [], {**options, **given, "target": target}, *kernel)
+
+
+def test_target_out_of_range_is_nan(kernel):
+    """A GPU's targets are not checked on the host: a bad one makes its own row NaN, and nothing is read outside."""
+    target, upstream = torch.tensor([0, 33, -1, 32, -(2**40)]), torch.ones(5, 2, dtype=torch.float64)
+    arguments = (torch.randn(5, 20), torch.randn(33, 20), None, None, None, target, torch.rand(33), upstream)
+    loss, _, dx, *_ = torch.ops.pyfast_cuda.linear_cross_entropy(
+        *arguments, 1.0, -100, 0.1, None, 1.0, 1000, [True, False, False, False, False]
+    )
+    for result in (loss, dx):
+        assert result.isnan().reshape(5, -1).any(1).tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["plain", "lora", "all"])
+@pytest.mark.parametrize("features", [136, 200])
+def test_several_tiles(kernel, dtype, name, features):
+    """In every direction, the last of them not whole; long enough for the narrow products' sums to be split."""
+    args, options = inputs(300, features, 700, dtype, **OPTIONS[name])
+    check_rule(args, options, kernel)
+
+
+def test_transposed_head(kernel, dtype):
+    """Its columns are what is contiguous, and aligned: the products take them as tiles' rows."""
+    (x, head, target), options = inputs(150, 72, 304, dtype, bias=True, rank=8)
+    head = head.detach().T.contiguous().T.requires_grad_()
+    for name in ("lora_A", "lora_B"):
+        options[name] = options[name].detach().T.contiguous().T.requires_grad_()
+    check_rule([x, head, target], options, kernel)
+
+
+def test_same_bits(kernel):
+    """Whatever the order of threads."""
+    args, options = inputs(90, 72, 301, torch.bfloat16, **OPTIONS["all"])
+    with emulator.emulating("random", seed=5):
+        outputs, gradients, _ = run(linear_cross_entropy, args, options, *kernel)
+    again, gradients_again, _ = run(linear_cross_entropy, args, options, *kernel)
+    assert all(map(torch.equal, outputs + gradients, again + gradients_again))
