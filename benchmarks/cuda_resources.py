@@ -26,6 +26,7 @@ LOCAL, TENSOR_CORE, ASYNC_COPY = r"\b(?:LDL|STL)\b", r"\b(?:HMMA|HGMMA)\b", r"\b
 BUDGETS = """
 #include <cstdio>
 #include "cuda/attention.cuh"
+#include "cuda/linear_cross_entropy.cuh"
 using namespace pyfast;
 template <class T, int kDim> void print(const char* type) {
   using Q = cuda::Tiling<T, kDim, true>; using K = cuda::Tiling<T, kDim, false>;
@@ -33,7 +34,15 @@ template <class T, int kDim> void print(const char* type) {
   std::printf("attention_dq_kernel<%s, %d %d\\n", type, kDim, Q::shared_bytes(2));
   std::printf("attention_dkv_kernel<%s, %d %d\\n", type, kDim, K::shared_bytes(2));
 }
-template <class T> void widths(const char* type) { print<T, 64>(type); print<T, 128>(type); print<T, 256>(type); }
+template <class T, bool kADeep, bool kBDeep> void product(const char* type) {
+  const char* const flags[] = {"false", "true"}; const int bytes = cuda::Gemm<T, kADeep, kBDeep>::kSharedBytes;
+  std::printf("gemm_kernel<%s, %s, %s %d\n", type, flags[kADeep], flags[kBDeep], bytes);
+  if (!kADeep) std::printf("logits_kernel<%s, %s %d\n", type, flags[kBDeep], bytes);
+}
+template <class T> void widths(const char* type) {
+  print<T, 64>(type); print<T, 128>(type); print<T, 256>(type);
+  product<T, false, false>(type); product<T, false, true>(type); product<T, true, true>(type);
+}
 int main() { widths<float>("float"); widths<bf16>("bf16"); widths<fp16>("fp16"); }
 """
 
@@ -60,7 +69,7 @@ def readable(mangled: str) -> str:
 
 
 def shared_budgets() -> dict[str, int]:
-    """kernel<type, width -> bytes of dynamic shared memory."""
+    """The first part of a kernel's name and template arguments -> bytes of dynamic shared memory."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "budgets.cpp"
         source.write_text(BUDGETS)
@@ -83,7 +92,7 @@ def tables(library: Path) -> dict[str, list[dict]]:
             if "kernel" not in name:
                 continue  # a function that kernels call
             local, multiply, copy = (len(re.findall(p, body)) for p in (LOCAL, TENSOR_CORE, ASYNC_COPY))
-            shared = next((size for key, size in budgets.items() if name.startswith(key + ",")), "")
+            shared = next((size for key, size in budgets.items() if re.match(re.escape(key) + "[,>]", name)), "")
             values = (name, int(registers), int(stack), local, shared, multiply, copy)
             rows.setdefault(architecture, []).append(dict(zip(FIELDS, values, strict=True)))
         rows[architecture].sort(key=lambda row: row["kernel"])
@@ -91,15 +100,15 @@ def tables(library: Path) -> dict[str, list[dict]]:
 
 
 def faults(rows: list[dict]) -> list[str]:
-    """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit attention."""
+    """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit products."""
     found = []
     for row in rows:
-        attends = re.match(r"attention\w*_kernel<(\w+)", row["kernel"])
+        multiplies = re.match(r"(?:attention\w*|gemm|logits)_kernel<(\w+)", row["kernel"])
         if row["local_instructions"]:
             found.append(f"{row['kernel']}: {row['local_instructions']} local loads and stores")
-        if attends and not row["async_copies"]:
+        if multiplies and not row["async_copies"]:
             found.append(f"{row['kernel']}: no asynchronous copies")
-        if attends and attends[1] != "float" and not row["tensor_core"]:
+        if multiplies and multiplies[1] != "float" and not row["tensor_core"]:
             found.append(f"{row['kernel']}: no tensor-core instructions")
     return found
 

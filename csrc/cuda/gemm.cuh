@@ -139,12 +139,13 @@ struct Gemm {
     using To = Tile<T, kTileRows, kTileColumns>;
     constexpr int kChunk = To::kChunk, kCopies = kTileRows * To::kChunks / kThreads;
     const T* const data = static_cast<const T*>(from.data);
+    const int here = rows - row < kTileRows ? int(rows - row) : kTileRows;
+    const int across = columns - column < kTileColumns ? int(columns - column) : kTileColumns;
     if (from.vectors) {
-#pragma unroll
+#pragma unroll 4  // all at once, their addresses would take too many registers
       for (int i = 0; i < kCopies; ++i) {
         const int at = threadIdx.x + i * kThreads, r = at / To::kChunks, c = at % To::kChunks;
-        const int64_t left = row + r < rows ? columns - column - c * kChunk : 0;
-        const int count = left <= 0 ? 0 : left < kChunk ? int(left) : kChunk;
+        const int left = r < here ? across - c * kChunk : 0, count = left <= 0 ? 0 : left < kChunk ? left : kChunk;
         const int64_t source = count && from.index ? from.index[row + r] : row + r;
         const T* p = count ? data + source * from.row_stride + column + c * kChunk : data;
         copy_async(tile.chunk(r, c), p, count * int(sizeof(T)));
@@ -154,13 +155,12 @@ struct Gemm {
       for (int i = 0; i < kCopies; ++i) {
         const int at = threadIdx.x + i * kThreads, r = at / To::kChunks, c = at % To::kChunks;
         alignas(16) T elements[kChunk] = {};
-        if (row + r < rows) {
+        if (r < here) {
           const int64_t source = from.index ? from.index[row + r] : row + r;
 #pragma unroll
-          for (int e = 0; e < kChunk; ++e) {
-            const int64_t j = column + c * kChunk + e;
-            if (j < columns) elements[e] = data[source * from.row_stride + j * from.column_stride];
-          }
+          for (int e = 0; e < kChunk; ++e)
+            if (c * kChunk + e < across)
+              elements[e] = data[source * from.row_stride + (column + c * kChunk + e) * from.column_stride];
         }
         memcpy(tile.chunk(r, c), elements, 16);
       }

@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kHeadThreads) logits_gradient_kernel(const __g
 // ---- step 5: the sums of d's columns, 8 columns to a thread; a warp takes every 8th row
 
 template <class T>
-__global__ void __launch_bounds__(kHeadThreads) dbias_kernel(const __grid_constant__ HeadLaunch l) {
+__global__ void __launch_bounds__(kHeadThreads) head_bias_kernel(const __grid_constant__ HeadLaunch l) {
   PYFAST_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first = (blockIdx.x * int64_t(32) + lane) * 8, rows = l.here();
@@ -362,8 +362,8 @@ int launch_head(const LinearCrossEntropy& a, void* stream) {
     if (int e = add(a.dA, a.rank, a.features, as_rows(dh), x)) return e;
     if (int e = add(a.dB, a.classes, a.rank, d, as_rows(h))) return e;
     if (a.dbias)
-      if (int e = launch(dbias_kernel<T>, Shape{(a.classes + 255) / 256, kHeadThreads, kHeadThreads / 32 * 256 * 4}, l,
-                         stream))
+      if (int e = launch(head_bias_kernel<T>, Shape{(a.classes + 255) / 256, kHeadThreads, kHeadThreads / 32 * 256 * 4},
+                         l, stream))
         return e;
   }
   return 0;

@@ -7,6 +7,7 @@ emulator of its own, and runs the named tests in a copy of the package; it is ca
 the survivors' names, if any is not.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,8 @@ class Mutation(NamedTuple):
 LOSS, LOSS_FILE = "cross_entropy", "cross_entropy.cuh"
 HEADS, TILES = "attention.cuh", "tile.cuh"
 BF16, FP32 = "attention_bf16", "attention_fp32"
+GEMM, HEAD, HEAD_ROWS = "gemm.cuh", "linear_cross_entropy.cuh", "linear_cross_entropy.cu"
+HEAD_ALL, HEAD_BF16, HEAD_FP32 = (f"linear_cross_entropy{suffix}" for suffix in ("", "_bf16", "_fp32"))
 RULE = "test_error_rule"
 MUTATIONS = [
     Mutation("dropped rescale", LOSS_FILE, "sum *= exp(max - shift);", "", LOSS, "largest_logit_moves"),
@@ -112,6 +115,67 @@ MUTATIONS = [
              f"{RULE} and sinks"),
     Mutation("terms of a bias's gradient", "attention.cu", "left /= full[i];", "left /= full[i] + 1;", "attention",
              f"{RULE} and bias"),
+    Mutation("a product's copy not waited for", GEMM, "wait_copies<kStages - 2>", "wait_copies<kStages - 1>", HEAD_BF16,
+             "several_tiles and bfloat16"),
+    Mutation("no barrier before a step", GEMM, "__syncthreads();  // this step's", "// this step's", HEAD_BF16,
+             "several_tiles and bfloat16"),
+    Mutation("a step into the wrong stage", GEMM, "(stage + kStages - 1) % kStages);", "stage);", HEAD_BF16,
+             "several_tiles and bfloat16"),
+    Mutation("rows not gathered", GEMM, "count && from.index ?", "false ?", HEAD_BF16, f"{RULE} and bfloat16"),
+    Mutation("columns beyond the rank", GEMM, "left < kChunk ? left : kChunk", "kChunk", HEAD_BF16,
+             f"{RULE} and bfloat16 and lora"),
+    Mutation("copies of 16 bytes from anywhere", GEMM, "reinterpret_cast<uintptr_t>(data) % 16 == 0", "true", HEAD_BF16,
+             "any_strides and bfloat16"),
+    Mutation("rows of 16 bytes from anywhere", GEMM, "row_stride * int64_t(sizeof(T)) % 16 == 0", "true", HEAD_BF16,
+             "any_strides and bfloat16"),
+    Mutation("a's transposed matrices", GEMM, "k + matrix / 2 * 8 + within, r / 8 + matrix % 2",
+             "k + matrix % 2 * 8 + within, r / 8 + matrix / 2", HEAD_BF16, f"{RULE} and bfloat16"),
+    Mutation("b's transposed matrices", GEMM, "k + matrix % 2 * 8 + within, c / 8 + matrix / 2",
+             "k + matrix / 2 * 8 + within, c / 8 + matrix % 2", HEAD_BF16, f"{RULE} and bfloat16"),
+    Mutation("rows that do not count", GEMM, "(kADeep ? depth : m) = p.here(kADeep ? depth : m);", "", HEAD_BF16,
+             f"{RULE} and bfloat16"),
+    Mutation("where the second term begins", GEMM, "step - first_steps : step", "step : step", HEAD_BF16,
+             f"{RULE} and bfloat16 and lora"),
+    Mutation("a split's steps", GEMM, "begin + each < steps ? begin + each : steps", "steps", HEAD_BF16,
+             "several_tiles and bfloat16 and lora"),
+    Mutation("a column too many", GEMM, "pairs && c + 1 < gemm.n", "pairs", HEAD_BF16, "test_shapes or any_strides"),
+    Mutation("rows of dx where they were gathered", GEMM, "out.index ? out.index[r] : r", "r", HEAD_BF16,
+             f"{RULE} and bfloat16"),
+    Mutation("fp32 operands", GEMM, "kADeep ? a.at(k, r) : a.at(r, k)", "a.at(r, k)", HEAD_FP32, f"{RULE} and float32"),
+    Mutation("classes that are not there", HEAD, "if (c >= a.classes) x = -INFINITY;", "", HEAD_BF16,
+             f"{RULE} and bfloat16"),
+    Mutation("the maximum of half a tile", HEAD, "largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));", "",
+             HEAD_BF16, f"{RULE} and bfloat16"),
+    Mutation("the sum of half a tile", HEAD, "by = 1; by <= 2", "by = 1; by <= 1", HEAD_BF16, f"{RULE} and bfloat16"),
+    Mutation("the logits' scale", HEAD, "(x + bias) * a.logit_scale", "x * a.logit_scale + bias", HEAD_BF16,
+             f"{RULE} and bfloat16"),
+    Mutation("a tile's exponentials not rescaled", HEAD, "if (!capped) factor *=", "if (false) factor *=", HEAD_BF16,
+             f"{RULE} and bfloat16"),
+    Mutation("no target in the logits' gradient", HEAD, "if (first + i == target) d[i] = g.target;", "", HEAD_BF16,
+             f"{RULE} and bfloat16"),
+    Mutation("the head's softcap's slope", HEAD, "slope = (1.f - t) * (1.f + t);", "", HEAD_BF16,
+             f"{RULE} and bfloat16 and softcap"),
+    Mutation("smoothing in the logits' gradient", HEAD, "g.soft * a.class_weight[first + i] : g.soft", "0.f : 0.f",
+             HEAD_BF16, f"{RULE} and bfloat16 and smoothing"),
+    Mutation("a chunk's gradients in place of the sum", HEAD, "later = l.begin > 0", "later = false", HEAD_BF16,
+             "many_chunks and bfloat16"),
+    Mutation("a chunk's bias gradient in place of the sum", HEAD, "l.begin ? l.a.dbias[c] : 0.f", "0.f", HEAD_BF16,
+             "many_chunks and bfloat16"),
+    Mutation("no barrier before the bias's sums", HEAD, "sum[i];\n  __syncthreads();", "sum[i];", HEAD_BF16,
+             f"{RULE} and bfloat16 and bias"),
+    Mutation("one part of a narrow product", HEAD, "s < l.splits", "s < 1", HEAD_BF16,
+             "several_tiles and bfloat16 and lora"),
+    Mutation("the adapter's scaling", HEAD, "sum * l.a.scaling", "sum", HEAD_BF16, f"{RULE} and bfloat16 and lora"),
+    Mutation("a warp's rows twice", HEAD_ROWS, "if (w < warp) before", "if (w <= warp) before", HEAD_ALL, RULE),
+    Mutation("counts overwritten before they are read", HEAD_ROWS, "__syncthreads();  // all have read", "// all",
+             HEAD_ALL, "frozen_head and plain or frozen_head and sum"),
+    Mutation("tiles not rescaled", HEAD_ROWS, "s.sum * expf(s.max - shift)", "s.sum", HEAD_ALL, RULE),
+    Mutation("a tile's smoothing not rescaled", HEAD_ROWS, "if (w.weights != 0.f) below +=", "if (false) below +=",
+             HEAD_ALL, f"{RULE} and smoothing"),
+    Mutation("half of a row's tiles", HEAD_ROWS, "x = add(x, __shfl_xor_sync(~0u, x, 16));", "", HEAD_ALL, RULE),
+    Mutation("joined before all have read", HEAD_ROWS, "__syncthreads();  // what was", "// what was", HEAD_ALL, RULE),
+    Mutation("a bad target of the head passes", HEAD_ROWS, " + 0.0 * z_target", "", HEAD_ALL, "out_of_range"),
+    Mutation("p at the target", HEAD_ROWS, "hard * (p - 1.0)", "hard * p", HEAD_ALL, RULE),
 ]  # fmt: skip
 
 
@@ -127,7 +191,7 @@ def caught(mutation: Mutation) -> bool:
         library = [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10", "-lpthread"]
         target = copy / "pyfast" / next((ROOT / "pyfast").glob("_emu.*so")).name
         subprocess.run([toolchain.CXX, "-shared", copy / "kernel.o", *objects, *library, "-o", target], check=True)
-        op = mutation.kernel.split("_")[0] if mutation.kernel.startswith("attention") else mutation.kernel
+        op = re.sub("_(fp32|bf16|fp16)$", "", mutation.kernel)
         return mutations.fails(copy, mutation, f"tests/cuda/test_op_{op}.py")
 
 

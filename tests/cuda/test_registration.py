@@ -8,7 +8,7 @@ from harness import run
 
 import pyfast
 from pyfast import dispatch, doctor, emulator
-from pyfast.ops import cross_entropy, swiglu
+from pyfast.ops import cross_entropy, linear_cross_entropy, swiglu
 
 x, target = torch.randn(5, 40)[:, :33], torch.tensor([3, 32, 2, 0, -100])
 q, kv = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16)
@@ -16,6 +16,8 @@ seed, cu_q, cu_k = torch.tensor(3), torch.tensor([0, 4, 9]), torch.tensor([0, 7,
 packed_q, packed_kv = torch.randn(9, 4, 16), torch.randn(12, 2, 16)
 batched = (torch.randn(4), torch.rand(1, 12) < 0.7, torch.randn(1, 1, 9, 12), seed, None, None, 0, 0.3, 5.0, 6, 0, 0.2)
 packed = (None, None, None, None, cu_q, cu_k, 7, 0.3, 0.0, -1, 0, 0.0)
+hidden, head, bias, A, B = torch.randn(5, 6), torch.randn(33, 6), torch.randn(33), torch.randn(2, 6), torch.randn(33, 2)
+upstream, numbers = torch.rand(5, 2, dtype=torch.float64), (0.5, -100, 0.1, 2.0, 0.5, 1000)
 sums, packed_sums = torch.randn(1, 4, 9), torch.randn(4, 9)
 
 #: schema -> arguments of a few calls
@@ -23,6 +25,11 @@ CALLS = {
     "cross_entropy": [
         (x, target, None, None, -100, 0.0, None),
         (x, target, torch.rand(33), torch.rand(5, 2, dtype=torch.float64), -100, 0.1, 2.0),
+    ],
+    "linear_cross_entropy": [
+        (hidden, head, None, None, None, target, None, None, *numbers, [True] * 5),
+        (hidden, head, bias, A, B, target, torch.rand(33), upstream, *numbers, [True] * 5),
+        (hidden, head, None, A, B, target, None, upstream, *numbers, [True, False, True, False, True]),
     ],
     "attention": [(q, kv, kv, *batched), (packed_q, packed_kv, packed_kv, *packed)],
     "attention_backward": [
@@ -72,6 +79,16 @@ def test_a_kernel_checks_its_arguments():
         call(x, target, torch.rand(32), None, -100, 0.0, None)
     with pytest.raises(RuntimeError, match="upstream has another dtype"):
         call(x, target, None, torch.rand(5, 2), -100, 0.0, None)
+    head_loss = torch.ops.pyfast_cuda.linear_cross_entropy
+    options = (None, None, *numbers, [True] * 5)
+    with pytest.raises(RuntimeError, match="linear_weight has shape"):
+        head_loss(hidden, head[:, :-1], None, None, None, target, *options)
+    with pytest.raises(RuntimeError, match="lora_A and lora_B go together"):
+        head_loss(hidden, head, None, A, None, target, *options)
+    with pytest.raises(RuntimeError, match="lora_B"):
+        head_loss(hidden, head, None, A, B[:-1], target, *options)
+    with pytest.raises(RuntimeError, match="target must be int64"):
+        head_loss(hidden, head, None, None, None, target.int(), *options)
     attend = torch.ops.pyfast_cuda.attention
     with pytest.raises(RuntimeError, match="D is 300: the CUDA kernels serve 1 to 256"):
         attend(*[torch.randn(1, 1, 3, 300)] * 3, *[None] * 6, 0, 1.0, 0.0, -1, -1, 0.0)
@@ -88,13 +105,16 @@ def test_wrong_cu_seqlens_read_nothing_outside(bad):
     torch.ops.pyfast_cuda.attention(*call)
 
 
+@pytest.mark.parametrize("op", [cross_entropy, linear_cross_entropy])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
+def test_compile(dynamic, op):
     """fullgraph=True traces through the kernels' fakes."""
-    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows, classes in ((4, 20), (7, 31)):
         args = [torch.randn(rows, classes, requires_grad=True), torch.randint(classes, (rows,))]
-        eager = run(cross_entropy, args, backend="cuda")
+        if op is linear_cross_entropy:
+            args = [torch.randn(rows, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True), args[1]]
+        eager = run(op, args, backend="cuda")
         torch.testing.assert_close(run(compiled, args, backend="cuda")[:2], eager[:2], rtol=1e-6, atol=1e-7)
 
 
