@@ -36,8 +36,8 @@ template <class T, int kDim> void print(const char* type) {
 }
 template <class T, bool kADeep, bool kBDeep> void product(const char* type) {
   const char* const flags[] = {"false", "true"}; const int bytes = cuda::Gemm<T, kADeep, kBDeep>::kSharedBytes;
-  std::printf("gemm_kernel<%s, %s, %s %d\n", type, flags[kADeep], flags[kBDeep], bytes);
-  if (!kADeep) std::printf("logits_kernel<%s, %s %d\n", type, flags[kBDeep], bytes);
+  std::printf("gemm_kernel<%s, %s, %s %d\\n", type, flags[kADeep], flags[kBDeep], bytes);
+  if (!kADeep) std::printf("logits_kernel<%s, %s %d\\n", type, flags[kBDeep], bytes);
 }
 template <class T> void widths(const char* type) {
   print<T, 64>(type); print<T, 128>(type); print<T, 256>(type);

@@ -16,6 +16,7 @@ OPTIONS = {
     "frozen": {"frozen": True},
     "sum": {"reduction": "sum"},
     "none": {"reduction": "none"},
+    "none_frozen": {"reduction": "none", "frozen": True, "z_loss": 0.3},
     "bias": {"bias": True},
     "lora": {"rank": 3, "frozen": True},
     "lora_dominates": {"rank": 3, "scaling": 8.0, "frozen": True},

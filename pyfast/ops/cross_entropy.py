@@ -155,7 +155,7 @@ def divisors(target, weight, ignore_index, reduction, num_items_in_batch=None):
     """What a reduction divides the sum of the losses and the sum of the squared logsumexps by: two fp64 scalars."""
     counted = target != ignore_index
     rows = counted.sum(dtype=torch.float64)
-    if reduction == "sum":
+    if reduction != "mean":
         return torch.ones_like(rows), torch.ones_like(rows)
     if num_items_in_batch is not None:
         items = torch.as_tensor(num_items_in_batch, dtype=torch.float64, device=target.device)

@@ -47,7 +47,8 @@ def linear_cross_entropy(
     (gradient accumulation over several batches); a number or a 0-dim tensor. Where no row counts the loss and its
     gradients are then 0, whatever the number of items.
     Returns fp32 (fp64 for fp64 input). Under autocast input is cast to its dtype.
-    "mean" and "sum" save the gradients, not input; "none" saves its inputs and computes the logits again in backward.
+    "mean" and "sum" save the gradients, not input; so does "none" where only input needs one, else it saves its inputs
+    and computes the logits again in backward.
     Raises TypeError for wrong dtypes, ValueError for wrong shapes, devices, values or a target out of range.
     """
     op = "linear_cross_entropy"
@@ -153,7 +154,8 @@ def _check_num_items(op, num_items_in_batch, reduction):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward for a result that is the plain sum of the losses, and multiplied by the true
-    factor (upstream gradient over divisor) at the end: 16-bit gradients of the logits keep their full precision.
+    factor (upstream gradient over divisor) at the end: 16-bit gradients of the logits keep their full precision. With
+    reduction "none" each row has its own factor, which only the gradient of input can be multiplied by so late.
     """
 
     @staticmethod
@@ -176,33 +178,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ):
         ctx.options, ctx.z_loss, ctx.needs, ctx.backend = options, z_loss, needs, backend
         ctx.dtypes = [None if p is None else p.dtype for p in (input, linear_weight, linear_bias, lora_A, lora_B)]
-        ctx.scalar = reduction != "none"
+        scalar = reduction != "none"
+        ctx.made = any(needs) if scalar else needs[0] and not any(needs[1:])
         inputs = (input, linear_weight, linear_bias, lora_A, lora_B, target, weight)
-        if not ctx.scalar:
-            if any(needs):
-                ctx.save_for_backward(*inputs)
-            loss, lse, *_ = _run(ctx, *inputs, upstream=None)
-            return (loss + z_loss * lse.square()).float()
         loss_divisor, row_divisor = divisors(target, weight, options[1], reduction, num_items_in_batch)
         upstream = None
-        if any(needs):
+        if ctx.made:
             one = torch.ones_like(loss_divisor)
-            upstream = per_row(one, z_loss * loss_divisor / row_divisor, target.shape[0])
+            upstream = per_row(one, z_loss * loss_divisor / row_divisor, len(target))
         loss, lse, *gradients = _run(ctx, *inputs, upstream=upstream)
-        if any(needs):
+        if ctx.made:
             factor = (1 / loss_divisor).where((target != options[1]).any(), 0)  # no row counts: zeros, as in torch
             ctx.save_for_backward(factor, graph, *gradients)
+        elif any(needs):
+            ctx.save_for_backward(*inputs)
+        if not scalar:
+            return (loss + z_loss * lse.square()).float()
         return total_loss(loss, lse, z_loss, loss_divisor, row_divisor)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        if ctx.scalar:
+        if ctx.made:
             factor, _, *gradients = ctx.saved_tensors
-            factor = factor * dy
-            gradients = [g * factor for g in gradients]
+            factor = factor * dy if dy.dim() == 0 else (factor * dy)[:, None]  # "none": one for each row of input
+            gradients = [g * factor if needed else g for g, needed in zip(gradients, ctx.needs, strict=True)]
         else:
-            upstream = per_row(dy, ctx.z_loss * dy, dy.shape[0])
+            upstream = per_row(dy, ctx.z_loss * dy, len(dy))
             _, _, *gradients = _run(ctx, *ctx.saved_tensors, upstream=upstream)
         gradients = zip(gradients, ctx.dtypes, ctx.needs, strict=True)
         return *(g.to(dtype) if needed else None for g, dtype, needed in gradients), *[None] * 9
