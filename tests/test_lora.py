@@ -50,7 +50,8 @@ def test_linear(kernel, dtype, option):
 
 
 @pytest.mark.parametrize(
-    "rows, k, n, rank", [(1, 1, 1, 1), (2, 3, 5, 1), (33, 130, 64, 16), (300, 257, 515, 33), (64, 1100, 40, 4)]
+    "rows, k, n, rank",
+    [(1, 1, 1, 1), (2, 3, 5, 1), (33, 130, 64, 16), (300, 257, 515, 33), (64, 1100, 40, 4), (133, 1056, 70, 40)],
 )
 def test_linear_shapes(kernel, dtype, rows, k, n, rank):
     """Beyond one tile of the kernels in every direction, and less than one vector."""
@@ -128,6 +129,15 @@ def test_linears(kernel, dtype, dropout_p):
         projection(48, 72, dtype, rank=2, weight_grad=True, bias=True),
     ]
     check(lora_linears, [x, projections], {"dropout_p": dropout_p, "seeds": [1, 2, 3, 4]}, *kernel)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_linears_many_rows(kernel, dtype, dropout_p):
+    """Enough rows for the product with tiles of its own, which leave a rest; a weight transposed, and ones as they are."""
+    x = drawn(150, 96, dtype=dtype)
+    p = [projection(n, 96, dtype, bias=True, rank=r) for n, r in ((64, 4), (32, 20), (320, 0))]
+    p[0] = p[0]._replace(weight=drawn(96, 64, dtype=dtype, size=0.1, grad=False).t())
+    check(lora_linears, [x, p], {"dropout_p": dropout_p, "seeds": [3, 4, 5]}, *kernel)
 
 
 def test_linears_of_a_joined_weight(kernel, dtype):

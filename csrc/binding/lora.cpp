@@ -13,6 +13,7 @@
 #include "binding/binding.h"
 #include "binding/gemm.h"
 #include "cpu/activation.h"
+#include "cpu/linear.h"
 #include "cpu/rows.h"
 
 namespace pyfast {
@@ -41,6 +42,15 @@ struct Panel {
     std::fill_n(data, rows * ld + kSlack, 0.f);
   }
 };
+
+// x w, or x wᵀ, as a term of cpu/linear.h, where that serves such a product.
+std::optional<avx512::LinearTerm> linear_term(const Tensor& x, const Tensor& w, bool transpose) {
+  const int64_t depth = w.size(transpose), along = w.stride(transpose), across = w.stride(!transpose);
+  if (along != 1 && across != 1) return {};
+  const int64_t ldw = across == 1 ? along : across;
+  if (!avx512::serves_linear(dtype_of(x), x.size(0), depth, ldw)) return {};
+  return avx512::LinearTerm{x.const_data_ptr(), w.const_data_ptr(), depth, ldw, across != 1};
+}
 
 // One projection's arguments, checked.
 struct Projection {
@@ -138,18 +148,19 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
   Tensors results;
   for (const Projection& p : projections.each) {
     Tensor y = new_result(x, {rows, p.n});
-    const bool update = p.r || p.bias;
-    if (update) {
-      Panel b(p.r + 1, p.n);  // s B^T, and the bias as its last row
-      if (p.r) lora_pack(p.B(true), float(p.scaling), b.data, b.ld);
-      float* bias_row = b.data + p.r * b.ld;
-      if (p.bias) {
-        lora_pack({dtype_of(*p.bias), p.bias->mutable_data_ptr(), 1, p.n, 0, p.bias->stride(0)}, 1.f, bias_row, b.ld);
-      }
-      lora_up(dtype_of(y), y.mutable_data_ptr(), rows, p.n, {0, 0}, h_data + p.offset, rank, p.r, b.data,
-              p.bias ? bias_row : nullptr, false);
+    Panel b(p.r + 1, p.n);  // s B^T, and the bias as its last row
+    if (p.r) lora_pack(p.B(true), float(p.scaling), b.data, b.ld);
+    float* bias = p.bias ? b.data + p.r * b.ld : nullptr;
+    if (bias) lora_pack({dtype_of(*p.bias), p.bias->mutable_data_ptr(), 1, p.n, 0, p.bias->stride(0)}, 1.f, bias, b.ld);
+    if (const auto term = linear_term(x, p.weight, true)) {
+      avx512::linear(&*term, 1, rows, p.n, h_data + p.offset, rank, p.r, b.data, bias, false, y.mutable_data_ptr());
+    } else {
+      const bool update = p.r || bias;
+      if (update)
+        lora_up(dtype_of(y), y.mutable_data_ptr(), rows, p.n, {0, 0}, h_data + p.offset, rank, p.r, b.data, bias,
+                false);
+      matmul_out(y, x, transposed(p.weight), update);
     }
-    matmul_out(y, x, transposed(p.weight), update);
     results.push_back(y);
   }
   return {results, h};
@@ -201,23 +212,30 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
   Tensors results;
   if (wanted[0]) {
     Tensor dx = new_result(like, {rows, k});
+    std::vector<avx512::LinearTerm> terms;
+    for (size_t i = 0; i < projections.each.size(); ++i)
+      if (const auto term = linear_term(dy[i], projections.each[i].weight, false)) terms.push_back(*term);
+    const bool together = terms.size() == projections.each.size();  // all products, and dH A without dropout
     bool written = false;
-    if (rank) {
-      Panel a(rank, k);
-      for (const Projection& p : projections.each)
-        if (p.r) lora_pack(p.A(), 1.f, a.data + p.offset * a.ld, a.ld);
-      const auto up = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
-        lora_up(t, dx.mutable_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, a.data + offset * a.ld, nullptr,
-                written);
-        written = true;
-      };
-      if (!projections.dropout()) up({0, 0}, 0, rank);
-      for (const Projection& p : projections.each)
-        if (p.r && p.dropout.p > 0) up(p.dropout, p.offset, p.r);
-    }
-    for (size_t i = 0; i < projections.each.size(); ++i) {
-      matmul_out(dx, dy[i], projections.each[i].weight, written);
+    Panel a(rank, k);
+    for (const Projection& p : projections.each)
+      if (p.r) lora_pack(p.A(), 1.f, a.data + p.offset * a.ld, a.ld);
+    const auto up = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
+      lora_up(t, dx.mutable_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, a.data + offset * a.ld, nullptr,
+              written);
       written = true;
+    };
+    if (rank && !projections.dropout() && !together) up({0, 0}, 0, rank);
+    for (const Projection& p : projections.each)
+      if (p.r && p.dropout.p > 0) up(p.dropout, p.offset, p.r);
+    if (together) {
+      avx512::linear(terms.data(), terms.size(), rows, k, dh_data, rank, projections.dropout() ? 0 : rank, a.data,
+                     nullptr, written, dx.mutable_data_ptr());
+    } else {
+      for (size_t i = 0; i < projections.each.size(); ++i) {
+        matmul_out(dx, dy[i], projections.each[i].weight, written);
+        written = true;
+      }
     }
     after_dx(dx, x);
     results.push_back(dx);

@@ -36,6 +36,11 @@ struct Tiles {
   static PF_INLINE void load(const void* p, int64_t row_bytes = 64) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
   }
+  // A load that leaves the L1 cache to others: for an operand that streams by while the other one stays
+  template <int T>
+  static PF_INLINE void stream(const void* p, int64_t row_bytes = 64) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
+  }
   template <int T>
   static PF_INLINE void store(void* p, int64_t row_bytes = 64) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
@@ -72,7 +77,8 @@ struct TileBlock {
   int64_t row_bytes;
 };
 
-// C = or += A B over a depth of so many tiles
+// C = or += A B over a depth of so many tiles; kStreamA: the tiles of B are to stay in L1 rather than those of A
+template <bool kStreamA = false>
 PF_INLINE void multiply_tiles(int64_t depth, const TilePair& a, const TilePair& b, const TileBlock& c,
                               bool accumulate) {
   if (accumulate) {
@@ -86,13 +92,20 @@ PF_INLINE void multiply_tiles(int64_t depth, const TilePair& a, const TilePair& 
     Tiles::zero<2>();
     Tiles::zero<3>();
   }
+  const auto load_a = [&](auto tile, const bf16* p) {
+    if constexpr (kStreamA) {
+      Tiles::stream<tile>(p, a.row_bytes);
+    } else {
+      Tiles::load<tile>(p, a.row_bytes);
+    }
+  };
   for (int64_t d = 0; d < depth; ++d) {
-    Tiles::load<4>(a.first + d * a.step, a.row_bytes);
+    load_a(std::integral_constant<int, 4>(), a.first + d * a.step);
     Tiles::load<6>(b.first + d * b.step, b.row_bytes);
     Tiles::multiply<0, 4, 6>();
     Tiles::load<7>(b.second + d * b.step, b.row_bytes);
     Tiles::multiply<1, 4, 7>();
-    Tiles::load<5>(a.second + d * a.step, a.row_bytes);
+    load_a(std::integral_constant<int, 5>(), a.second + d * a.step);
     Tiles::multiply<2, 5, 6>();
     Tiles::multiply<3, 5, 7>();
   }

@@ -156,9 +156,9 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
           for (int64_t c = 0; c < kColumnTiles; c += 2)
             for (int64_t t = 0; t < row_tiles; t += 2) {
               float* out = logits + (t * kColumnTiles + c) * kTileResult;
-              multiply_tiles(depth, rows_of_tiles(rows_a + t * depth * kTileSize, depth),
-                             rows_of_tiles(transposed + c * depth * kTileSize, depth),
-                             block_of_tiles(out, kColumnTiles), false);
+              multiply_tiles<true>(depth, rows_of_tiles(rows_a + t * depth * kTileSize, depth),
+                                   rows_of_tiles(transposed + c * depth * kTileSize, depth),
+                                   block_of_tiles(out, kColumnTiles), false);
             }
           float* sums = acc + b * height * features;
           for (int64_t i = 0; i < height && b * height + i < rows; ++i) {
@@ -171,9 +171,9 @@ void run(Transform transform, const LossRows& r, const bf16* x, const Head& head
           for (int64_t f = 0; f < head.tiles(); f += 2)
             for (int64_t t = 0; t < row_tiles; t += 2) {
               float* out = sums + (t * head.tiles() + f) * kTileResult;
-              multiply_tiles(straight_tiles, rows_of_tiles(exps + t * straight_tiles * kTileSize, straight_tiles),
-                             rows_of_tiles(straight + f * straight_tiles * kTileSize, straight_tiles),
-                             block_of_tiles(out, head.tiles()), true);
+              multiply_tiles<true>(straight_tiles, rows_of_tiles(exps + t * straight_tiles * kTileSize, straight_tiles),
+                                   rows_of_tiles(straight + f * straight_tiles * kTileSize, straight_tiles),
+                                   block_of_tiles(out, head.tiles()), true);
             }
         }
       });
