@@ -133,7 +133,7 @@ def test_linears(kernel, dtype, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_linears_many_rows(kernel, dtype, dropout_p):
-    """Enough rows for the product with tiles of its own, which leave a rest; a weight transposed, and ones as they are."""
+    """More rows than a block of results has, and a rest; a weight transposed, and others as they are."""
     x = drawn(150, 96, dtype=dtype)
     p = [projection(n, 96, dtype, bias=True, rank=r) for n, r in ((64, 4), (32, 20), (320, 0))]
     p[0] = p[0]._replace(weight=drawn(96, 64, dtype=dtype, size=0.1, grad=False).t())
