@@ -270,7 +270,8 @@ def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # what all import is imported once
+    context.set_forkserver_preload(["benchmarks.end_to_end", "torch", "transformers", "peft", "pyfast"])
     pipes, processes, loaded = {}, [], {}
     everyone = [*options.variants, GEMMS]
     for variant in everyone:

@@ -57,9 +57,8 @@ def distinct(*arguments):
     )
 
 
-@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot look into it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+#: asked once: torch.compile of torch 2.11 cannot look into the question
+_HAVE_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(d))
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -68,7 +67,7 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     fp64 stays, as in torch's own autocast.
     """
     device = next(t for t in tensors if t is not None).device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if device not in _HAVE_AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -8,11 +8,16 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import data, end_to_end, growth
+from benchmarks import data, end_to_end, growth, harness
 from benchmarks.__main__ import NAMES, main
 from benchmarks.harness import Case, measure
 
 LIMITS = {"copy_gb_per_s": 10.0, "gemm_bf16_tflops": 1.0, "gemm_fp32_tflops": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    monkeypatch.setattr(harness, "TURN_SECONDS", 0.001)
 
 
 def case(variants: dict, **options) -> Case:
@@ -156,9 +161,9 @@ def test_packed_and_padded_train_alike(monkeypatch):
     config, losses = end_to_end.CONFIGS["sft-tiny"], {}
     for variant in ("stock", "packed", "pyfast", "pyfast_padded"):
         kind = end_to_end.VARIANTS[variant]
-        rows = data.questions(4, 2, kind.packed, boundaries=kind.patched)
+        rows = data.questions(3, 2, kind.packed, boundaries=kind.patched)
         training = end_to_end.Training(variant, end_to_end.build(config, "fp32"), rows.batches)
-        losses[variant] = [training.step(i) for i in range(3)]
+        losses[variant] = [training.step(i) for i in range(2)]
     end_to_end.check_losses(losses, end_to_end.LOSS_TOLERANCE["fp32"])
 
 
@@ -207,13 +212,15 @@ def test_sentences(tokenizer, monkeypatch):
 # ---- growth
 
 
-def test_memory_grows_linearly_with_the_length(tmp_path):
-    """Held scores would be 2 heads x 2 layers x 2048 squared x 4 bytes: 64 MB where all else is about 20."""
+def test_memory_grows_linearly_with_the_length(monkeypatch, tmp_path):
+    """Held scores would be 2 heads x 2 layers x 2048 squared x 4 bytes: 64 MB where all else is 20 to 27, a quadratic
+    share of 0.7. Resident memory itself is off by a few MB."""
     width = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     base = {"layers": 2, "batch": 1, "length": 512, "vocabulary": 500}
+    monkeypatch.setattr(growth, "STEPS", 2)
     result = growth.measure("fp32", {"length": (512, 1024, 2048)}, base, width)
     found = result["length"]
-    assert found["fits"]["peak_mb"]["quadratic_share"] < 0.3 and found["fits"]["peak_mb"]["exponent"] < 1.3
+    assert found["fits"]["peak_mb"]["quadratic_share"] < 0.5 and found["fits"]["peak_mb"]["exponent"] < 1.4
     assert all(0 < inside < whole for inside, whole in zip(found["attention_s"], found["step_s"], strict=True))
     growth.draw(result | {"layers": found, "batch": found}, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
