@@ -5,7 +5,7 @@ stack, spills (local loads and stores), shared memory, and the instructions that
 
 Without --write it prints; with it, it writes benchmarks/results/cuda/<architecture>.csv. Exit status 1 where a
 kernel spills or lacks its instructions. Needs cuobjdump (CUDA toolkit, or Triton), no GPU. Shared memory is what the
-launch asks for, from the kernels' own constants, compiled here; that of cross_entropy grows with the row.
+launch asks for at most, from the kernels' own constants, compiled here; that of cross_entropy grows with the row.
 """
 
 import argparse
@@ -27,6 +27,7 @@ BUDGETS = """
 #include <cstdio>
 #include "cuda/attention.cuh"
 #include "cuda/linear_cross_entropy.cuh"
+#include "cuda/lora.cuh"
 using namespace pyfast;
 template <class T, int kDim> void print(const char* type) {
   using Q = cuda::Tiling<T, kDim, true>; using K = cuda::Tiling<T, kDim, false>;
@@ -43,7 +44,20 @@ template <class T> void widths(const char* type) {
   print<T, 64>(type); print<T, 128>(type); print<T, 256>(type);
   product<T, false, false>(type); product<T, false, true>(type); product<T, true, true>(type);
 }
-int main() { widths<float>("float"); widths<bf16>("bf16"); widths<fp16>("fp16"); }
+template <class T, int kRank> void lora(const char* type) {
+  for (const char* up : {"false", "true"}) {
+    std::printf("lora_kernel<%s, %d, %s, false %d\\n", type, kRank, up,
+                cuda::LoraTiles<T, kRank, false>::shared_bytes(true));
+    std::printf("lora_kernel<%s, %d, %s, true %d\\n", type, kRank, up,
+                cuda::LoraTiles<T, kRank, true>::shared_bytes(true));
+  }
+}
+int main() {
+  widths<float>("float"); widths<bf16>("bf16"); widths<fp16>("fp16");
+  lora<float, 16>("float"); lora<float, 32>("float");
+  lora<bf16, 16>("bf16"); lora<bf16, 32>("bf16"); lora<bf16, 64>("bf16");
+  lora<fp16, 16>("fp16"); lora<fp16, 32>("fp16"); lora<fp16, 64>("fp16");
+}
 """
 
 
@@ -103,7 +117,7 @@ def faults(rows: list[dict]) -> list[str]:
     """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit products."""
     found = []
     for row in rows:
-        multiplies = re.match(r"(?:attention\w*|gemm|logits)_kernel<(\w+)", row["kernel"])
+        multiplies = re.match(r"(?:attention\w*|gemm|logits|lora)_kernel<(\w+)", row["kernel"])
         if row["local_instructions"]:
             found.append(f"{row['kernel']}: {row['local_instructions']} local loads and stores")
         if multiplies and not row["async_copies"]:

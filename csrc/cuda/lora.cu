@@ -124,11 +124,13 @@ __global__ void lora_activation_kernel(const __grid_constant__ LoraActivation a)
     result[i] = from_float<T>(f.value * u);
     if (!a.da) continue;
     const float d = to_float(da[i]);
-    (a.gate ? dgate : dup)[i] = from_float<T>(d * u * f.slope);
-    if (a.gate) dup[i] = from_float<T>(d * f.value);
+    dgate[i] = from_float<T>(d * u * f.slope);
+    dup[i] = a.gate ? from_float<T>(d * f.value) : dgate[i];
   }
   write(a.a, result);
-  if (a.da) write(a.dgate, dgate), write(a.dup, dup);
+  if (!a.da) return;
+  if (a.gate) write(a.dgate, dgate);
+  write(a.dup, dup);
 }
 
 int strip(const Lora& a, bool up, void* stream) {

@@ -19,9 +19,27 @@ packed = (None, None, None, None, cu_q, cu_k, 7, 0.3, 0.0, -1, 0, 0.0)
 hidden, head, bias, A, B = torch.randn(5, 6), torch.randn(33, 6), torch.randn(33), torch.randn(2, 6), torch.randn(33, 2)
 upstream, numbers = torch.rand(5, 2, dtype=torch.float64), (0.5, -100, 0.1, 2.0, 0.5, 1000)
 sums, packed_sums = torch.randn(1, 4, 9), torch.randn(4, 9)
+rows, wide = torch.randn(5, 9), torch.randn(7, 9)
+# two projections, of which one has an adapter and a bias, and the one that leads down in an MLP
+lora = ([wide, wide], [torch.randn(3, 9), None], [torch.randn(7, 3), None], [2.0, 1.0], [torch.randn(7), None])
+dropping = (0.5, [seed, None])
+down = ([torch.randn(9, 7)], [torch.randn(2, 7)], [torch.randn(9, 2)], [1.0], [None])
+mlp = (*(a + b for a, b in zip(lora, down, strict=True)), 0.5, [seed, None, seed], "silu")
+products, h = [torch.randn(5, 7)] * 2, torch.randn(5, 3)
+wanted = [True, False, True, True, True, True, False, False, False]
 
 #: schema -> arguments of a few calls
 CALLS = {
+    "lora_linears": [(rows, *lora, *dropping)],
+    "lora_linears_backward": [(products, rows, h, *lora, *dropping, wanted)],
+    "lora_mlp": [(rows, *mlp)],
+    "lora_mlp_backward": [
+        (rows, rows, products, h, torch.randn(5, 2), *mlp, [*wanted, True, True, True, False]),
+    ],
+    "dequantize": [
+        (torch.randint(256, (6, 8)).byte(), torch.ones(6), [0.5] * 256, 6, 8, 1, 8, torch.bfloat16),
+        (torch.randint(256, (6, 4)).byte(), torch.ones(6), [0.5] * 16, 6, 8, 1, 8, torch.float32),
+    ],
     "cross_entropy": [
         (x, target, None, None, -100, 0.0, None),
         (x, target, torch.rand(33), torch.rand(5, 2, dtype=torch.float64), -100, 0.1, 2.0),
@@ -94,6 +112,14 @@ def test_a_kernel_checks_its_arguments():
         attend(*[torch.randn(1, 1, 3, 300)] * 3, *[None] * 6, 0, 1.0, 0.0, -1, -1, 0.0)
     with pytest.raises(RuntimeError, match="cu_seqlens_k has shape"):
         attend(packed_q, packed_kv, packed_kv, *packed[:5], cu_k[:2], *packed[6:])
+    with pytest.raises(RuntimeError, match=r"B has shape \(7, 2\), expected \(n, r\)"):
+        torch.ops.pyfast_cuda.lora_linears(rows, *lora[:2], [torch.randn(7, 2), None], *lora[3:], *dropping)
+    with pytest.raises(RuntimeError, match="an input of a wanted gradient is missing"):
+        torch.ops.pyfast_cuda.lora_linears_backward(products, rows, None, *lora, *dropping, wanted)
+    with pytest.raises(RuntimeError, match="hidden and wanted do not fit"):
+        torch.ops.pyfast_cuda.lora_mlp_backward(rows, rows, [], h, None, *mlp, [*wanted, True, True, True, False])
+    with pytest.raises(RuntimeError, match="do not fit an"):
+        torch.ops.pyfast_cuda.dequantize(rows.byte(), torch.ones(5), [0.5] * 256, 5, 8, 1, 8, torch.float32)
     with pytest.raises(RuntimeError, match="attention_mask has shape"):
         attend(q, kv, kv, None, batched[1][:, :-1], *batched[2:])
 

@@ -105,7 +105,7 @@ struct Panel {
   }
 
   void pack(const Tensor& like, void* stream) {
-    storage = torch::stable::new_empty(like, {rows(), ld});
+    storage = make_empty(like, {rows(), ld});
     cuda::LoraPack a{};
     a.dtype = dtype, a.panel = storage->mutable_data_ptr(), a.columns = columns, a.ld = ld;
     for (size_t first = 0; first == 0 || first < sources.size(); first += cuda::kLoraSources) {
@@ -129,10 +129,6 @@ struct Panel {
   }
 };
 
-Tensor new_fp32_of(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, ScalarType::Float);
-}
-
 // out = the sum of `count` parts, each `stride` after the last, of rows `ld` apart, from `parts` on
 void sum_parts(const float* parts, int64_t count, int64_t stride, int64_t ld, Tensor& out, bool transpose,
                void* stream) {
@@ -153,7 +149,7 @@ void down(cuda::Lora a, Tensor& h, int64_t column, int64_t rank, void* stream) {
     a.down = h.mutable_data_ptr<float>(), a.down_rank = all, a.down_column = 0;
     return check_launch(pyfast_cuda_lora_down(&a, stream), "lora_down");
   }
-  Tensor partial = new_fp32_of(h, {parts, a.rows, rank});
+  Tensor partial = new_fp32(h, {parts, a.rows, rank});
   a.down = partial.mutable_data_ptr<float>();
   check_launch(pyfast_cuda_lora_down(&a, stream), "lora_down");
   Tensor columns = torch::stable::narrow(h, 1, column, rank);
@@ -168,7 +164,7 @@ std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Option
   const int64_t rows = x.size(0), rank = projections.rank;
   const OnDevice device(x);
   void* const stream = device.stream();
-  Tensor h = new_fp32_of(x, {rows, rank});
+  Tensor h = new_fp32(x, {rows, rank});
   if (rank) {
     Panel panel(projections.dtype, projections.k);
     for (const Projection& p : projections.each)
@@ -180,7 +176,7 @@ std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Option
   }
   Tensors results;
   for (const Projection& p : projections.each) {
-    Tensor y = torch::stable::new_empty(x, {rows, p.n});
+    Tensor y = make_empty(x, {rows, p.n});
     if (p.r || p.bias) {
       Panel panel(projections.dtype, p.n);
       if (p.r) panel.add(*p.lora_B, true, p.column, p.scaling, nullptr);
@@ -232,7 +228,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
   void* const stream = device.stream();
 
   // one pass over each dy
-  Tensor dh = new_fp32_of(like, {rows, rank});
+  Tensor dh = new_fp32(like, {rows, rank});
   Optionals dB(count), dbias(count);
   for (size_t i = 0; i < count; ++i) {
     const Projection& p = projections.each[i];
@@ -246,7 +242,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     a.x = dy[i].const_data_ptr();
     std::optional<Tensor> outer;
     if (want_outer) {
-      outer = new_fp32_of(like, {strips, panel.rows(), panel.ld});
+      outer = new_fp32(like, {strips, panel.rows(), panel.ld});
       a.outer = outer->mutable_data_ptr<float>();
     }
     if (want_dh)
@@ -254,11 +250,11 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     else
       check_launch(pyfast_cuda_lora_down(&a, stream), "lora_down");
     if (want(i, 2)) {
-      dB[i] = torch::stable::new_empty(*p.lora_B, {p.n, p.r});
+      dB[i] = make_empty(*p.lora_B, {p.n, p.r});
       sum_parts(a.outer, strips, panel.rows() * panel.ld, panel.ld, *dB[i], true, stream);
     }
     if (want(i, 3)) {
-      dbias[i] = torch::stable::new_empty(*p.bias, {p.n});
+      dbias[i] = make_empty(*p.bias, {p.n});
       sum_parts(a.outer + ones * panel.ld, strips, panel.rows() * panel.ld, panel.ld, *dbias[i], false, stream);
     }
   }
@@ -281,14 +277,14 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     std::optional<Tensor> outer;
     if (outer_too) {
       a.x = x->const_data_ptr();
-      outer = new_fp32_of(like, {strips, panel.rows(), panel.ld});
+      outer = new_fp32(like, {strips, panel.rows(), panel.ld});
       a.outer = outer->mutable_data_ptr<float>();
     }
     check_launch(pyfast_cuda_lora_up(&a, stream), "lora_up");
     for (size_t i = 0; i < count && outer_too; ++i) {
       const Projection& p = projections.each[i];
       if (!want(i, 1)) continue;
-      dA[i] = torch::stable::new_empty(*p.lora_A, {p.r, k});
+      dA[i] = make_empty(*p.lora_A, {p.r, k});
       sum_parts(a.outer + at[i] * panel.ld, strips, panel.rows() * panel.ld, panel.ld, *dA[i], false, stream);
     }
     return true;
@@ -301,7 +297,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
   const bool x_known = x.has_value();
   if (want_x && x_known) check_x();
   if (wanted[0]) {
-    Tensor dx = torch::stable::new_empty(like, {rows, k});
+    Tensor dx = make_empty(like, {rows, k});
     bool written = over_x(&dx, want_dA && x_known);
     for (size_t i = 0; i < count; ++i) {
       matmul_out(dx, dy[i], projections.each[i].weight, written);
@@ -316,7 +312,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
   for (size_t i = 0; i < count; ++i) {
     const Projection& p = projections.each[i];
     if (want(i, 0)) {
-      Tensor dweight = torch::stable::new_empty(like, {p.n, k});
+      Tensor dweight = make_empty(like, {p.n, k});
       matmul_out(dweight, torch::stable::transpose(dy[i], 0, 1), *x);
       results.push_back(dweight);
     }
@@ -353,7 +349,7 @@ cuda::LoraActivation activation_arguments(const Tensors& hidden, const std::stri
 }
 
 Tensor activate(const Tensors& hidden, const std::string& name) {
-  Tensor result = torch::stable::new_empty(hidden.back(), hidden.back().sizes());
+  Tensor result = make_empty(hidden.back(), hidden.back().sizes());
   cuda::LoraActivation a = activation_arguments(hidden, name);
   a.a = result.mutable_data_ptr();
   const OnDevice device(result);
@@ -397,8 +393,8 @@ Tensors lora_mlp_backward(const Tensor& dy, std::optional<Tensor> x, Tensors hid
   Tensors dhidden;
   const auto through_activation = [&](Tensor& da, std::optional<Tensor>& result) {
     cuda::LoraActivation arguments = activation_arguments(hidden, activation);
-    for (size_t i = 0; i < hidden.size(); ++i) dhidden.push_back(torch::stable::new_empty(da, da.sizes()));
-    if (want_a) result = torch::stable::new_empty(da, da.sizes());
+    for (size_t i = 0; i < hidden.size(); ++i) dhidden.push_back(make_empty(da, da.sizes()));
+    if (want_a) result = make_empty(da, da.sizes());
     arguments.da = da.const_data_ptr(), arguments.a = want_a ? result->mutable_data_ptr() : nullptr;
     arguments.dgate = dhidden[0].mutable_data_ptr(), arguments.dup = dhidden.back().mutable_data_ptr();
     const OnDevice device(da);

@@ -9,7 +9,7 @@ namespace {
 Tensor dequantize(const Tensor& codes, const Tensor& scale, std::vector<double> levels, int64_t n, int64_t k,
                   int64_t block_rows, int64_t block_columns, ScalarType dtype) {
   check_codes(codes, scale, levels.size(), n, k, block_rows, block_columns);
-  Tensor out = torch::stable::new_empty(codes, {n, k}, dtype);
+  Tensor out = make_empty(codes, {n, k}, dtype);
   cuda::Dequantize a{};
   a.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
   a.scale = scale.const_data_ptr<float>();
