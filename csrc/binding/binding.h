@@ -83,6 +83,16 @@ inline Tensor make_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   return Tensor(made);
 }
 
+// A kernel's optional parameter of this element type and shape, contiguous; null where it is not given
+template <class T>
+const T* optional_values(const std::optional<Tensor>& t, ScalarType type, const char* name,
+                         std::initializer_list<int64_t> shape, const char* names) {
+  if (!t) return nullptr;
+  check_shape(*t, name, shape, names);
+  STD_TORCH_CHECK(t->scalar_type() == type && t->is_contiguous(), name, " has another dtype, or is not contiguous");
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
 // A tensor (..., n) as rows of n contiguous elements one stride apart; copied only where it is not.
 struct RowsOf {
   Tensor tensor;

@@ -78,7 +78,7 @@ int reduce_dbias(const Attention& a, void* stream) {
   const bool block = terms > 64;
   return launch(block ? dbias_kernel<true> : dbias_kernel<false>,
                 Shape{block ? count : (count + kReductionThreads - 1) / kReductionThreads, kReductionThreads, 64},
-                AttentionLaunch{a, 0}, stream);
+                AttentionLaunch{a}, stream);
 }
 
 }  // namespace
@@ -92,6 +92,6 @@ extern "C" int pyfast_cuda_attention_backward(const Attention* a, void* stream) 
   if (int e = run(*a, Pass::dq, stream)) return e;
   if (int e = run(*a, Pass::dkv, stream)) return e;
   if (a->sinks)
-    if (int e = launch(dsinks_kernel, Shape{a->heads, kReductionThreads, 64}, AttentionLaunch{*a, 0}, stream)) return e;
+    if (int e = launch(dsinks_kernel, Shape{a->heads, kReductionThreads, 64}, AttentionLaunch{*a}, stream)) return e;
   return a->dscores && a->dbias != a->dscores ? reduce_dbias(*a, stream) : 0;
 }

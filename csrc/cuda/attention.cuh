@@ -35,6 +35,8 @@ struct Tiling {
   // the dk/dv pass holds two results: of D = 256, half of each in a warp
   static constexpr int kParts = !kOverKeys && kDim == 256 ? 2 : 1;
   static constexpr int kWarps = kOuter / 16 * kParts, kThreads = 32 * kWarps;
+  // per processor: fp32's shared memory leaves room for one or two, so that registers are free; 0: as ptxas thinks best
+  static constexpr int kMinBlocks = kWide ? 1 : 0;
   using OuterTile = Tile<T, kOuter, kDim>;
   using InnerTile = Tile<T, kInner, kDim>;
   static constexpr int kScratch = kWide ? Tile<T, 16, kInner>::kBytes : 0;  // of a warp
@@ -46,14 +48,15 @@ struct Tiling {
 
 struct AttentionLaunch {
   Attention a;
-  int64_t tiles;  // per head and batch
+  int64_t tiles = 0;  // per head and batch
+  // of dropout: a word below this drops its probability, and what stays is multiplied by this
+  uint32_t dropout_threshold = uint32_t(a.dropout_p * 4294967296.0);
+  float dropout_scale = float(1.0 / (1.0 - a.dropout_p));
 };
 
 // Where a block works: its tile's first row within the sequence, and the sequence's rows, on this side and the other
 struct Place {
-  int64_t batch, head;
-  int64_t begin, other_begin;
-  int first, length, other_length;
+  int batch, head, begin, other_begin, first, length, other_length;
 };
 
 __device__ __forceinline__ int64_t cu_at(const void* cu, bool wide, int64_t n) {
@@ -64,7 +67,7 @@ __device__ __forceinline__ int64_t cu_at(const void* cu, bool wide, int64_t n) {
 __device__ __forceinline__ Place locate(const AttentionLaunch& l, int64_t heads, const void* cu, const void* cu_other,
                                         int64_t rows, int64_t rows_other, int tile_rows, bool last_first) {
   const int64_t program = blockIdx.x, in_head = program % l.tiles, tile = last_first ? l.tiles - 1 - in_head : in_head;
-  Place p{program / l.tiles / heads, program / l.tiles % heads, 0, 0, 0, int(rows), int(rows_other)};
+  Place p{int(program / l.tiles / heads), int(program / l.tiles % heads), 0, 0, 0, int(rows), int(rows_other)};
   if (!cu) {
     p.first = int(tile) * tile_rows;
     return p;
@@ -82,11 +85,11 @@ __device__ __forceinline__ Place locate(const AttentionLaunch& l, int64_t heads,
   // within the rows that there are, whatever cu_seqlens hold
   const auto bound = [&](const void* at, int64_t i, int64_t limit) {
     const int64_t b = i <= sequences ? cu_at(at, wide, i) : limit;
-    return b < 0 ? 0 : b > limit ? limit : b;
+    return int(b < 0 ? 0 : b > limit ? limit : b);
   };
-  p.begin = bound(cu, n, rows), p.length = int(bound(cu, n + 1, rows) - p.begin);
+  p.begin = bound(cu, n, rows), p.length = bound(cu, n + 1, rows) - p.begin;
   p.other_begin = bound(cu_other, n, rows_other);
-  p.other_length = n < sequences ? int(bound(cu_other, n + 1, rows_other) - p.other_begin) : 0;
+  p.other_length = n < sequences ? bound(cu_other, n + 1, rows_other) - p.other_begin : 0;
   const int64_t first = (tile - (cu_at(cu, wide, n) / tile_rows + n)) * tile_rows;
   p.first = first < 0 || first > rows ? int(rows) : int(first);
   return p;
@@ -160,19 +163,15 @@ struct Scores {
 
 // dropout's factors, 0 or 1 / (1 - p)
 struct Factors {
+  const AttentionLaunch& l;
   uint64_t seed, block = ~0ull;
-  uint32_t threshold;
-  float scale;
   Words drawn;  // those of `block`
 
-  __device__ explicit Factors(const Attention& a)
-      : seed(a.seed ? uint64_t(*a.seed) : 0),
-        threshold(uint32_t(a.dropout_p * 4294967296.0)),
-        scale(float(1.0 / (1.0 - a.dropout_p))) {}
+  __device__ explicit Factors(const AttentionLaunch& l) : l(l), seed(l.a.seed ? uint64_t(*l.a.seed) : 0) {}
 
   __device__ __forceinline__ float factor(const Words& w, int i) const {
     const uint32_t word = i < 2 ? (i ? w.words[1] : w.words[0]) : i == 2 ? w.words[2] : w.words[3];
-    return word >= threshold ? scale : 0.f;
+    return word >= l.dropout_threshold ? l.dropout_scale : 0.f;
   }
   __device__ __forceinline__ float at(uint64_t e) const { return factor(called_philox(seed, e / 4), e % 4); }
   // the same where neighbours are asked for in turn: a block's four words are drawn once
@@ -185,47 +184,106 @@ struct Factors {
   }
 };
 
-template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
-    attention_kernel(const __grid_constant__ AttentionLaunch l) {
-  PYFAST_SHARED(shared);
-  using Tiles = Tiling<T, kDim, true>;
-  constexpr int kInner = Tiles::kInner, kTiles = kInner / 8;
+// A block's shared memory: its outer tiles, the ring of pairs of inner tiles, and each warp's scratch
+template <class T, class Tiles, int kOuterTiles>
+struct Memory {
   using Outer = typename Tiles::OuterTile;
   using Inner = typename Tiles::InnerTile;
-  const Attention& a = l.a;
-  const Place p = locate(l, a.heads, a.cu_q, a.cu_k, a.sq, a.sk, Tiles::kOuter, true);
-  if (p.first >= p.length) return;
-  const int64_t kv_head = p.head / (a.heads / a.kv_heads);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = p.other_length > 0 ? p.other_length : 0;
-  const Scores<kGeneral> scores(a, p.batch, p.head, p.begin, p.length, keys);
+  unsigned char* shared;
 
-  const Outer q{reinterpret_cast<T*>(shared)};
-  const auto inner = [&](int which, int stage) {
-    return Inner{reinterpret_cast<T*>(shared + Outer::kBytes + (2 * stage + which) * Inner::kBytes)};
-  };
-  T* const scratch =
-      reinterpret_cast<T*>(shared + Outer::kBytes + 2 * Tiles::kStages * Inner::kBytes + warp * Tiles::kScratch);
-  const auto load = [&](int at, int stage) {
+  __device__ __forceinline__ Outer outer(int which) const {
+    return {reinterpret_cast<T*>(shared + which * Outer::kBytes)};
+  }
+  __device__ __forceinline__ Inner inner(int which, int stage) const {
+    return {reinterpret_cast<T*>(shared + kOuterTiles * Outer::kBytes + (2 * stage + which) * Inner::kBytes)};
+  }
+  __device__ __forceinline__ T* scratch() const {
+    const int before = kOuterTiles * Outer::kBytes + 2 * Tiles::kStages * Inner::kBytes;
+    return reinterpret_cast<T*>(shared + before + threadIdx.x / 32 * Tiles::kScratch);
+  }
+};
+
+// Begins to copy a tile: rows of x from `row` on, those for which there(i)
+template <class T, class Tile, class There>
+__device__ __forceinline__ void load(const Tile& tile, const Heads& x, int64_t batch, int64_t head, int64_t row,
+                                     int dim, const There& there) {
+  tile.load(row_of<T>(x, batch, head, row), x.row, dim, x.aligned, there);
+}
+
+// What the passes over keys share: a block's queries, and the keys that they may see
+template <class T, int kDim, bool kGeneral, int kOuterTiles>
+struct OverKeys {
+  using Tiles = Tiling<T, kDim, true>;
+  static constexpr int kInner = Tiles::kInner, kTiles = kInner / 8;
+  const Attention& a;
+  const Place p;
+  const int keys;
+  const Scores<kGeneral> scores;
+  const Memory<T, Tiles, kOuterTiles> memory;
+
+  __device__ __forceinline__ OverKeys(const AttentionLaunch& l, unsigned char* shared)
+      : a(l.a),
+        p(locate(l, l.a.heads, l.a.cu_q, l.a.cu_k, l.a.sq, l.a.sk, Tiles::kOuter, true)),
+        keys(p.other_length > 0 ? p.other_length : 0),
+        scores(a, p.batch, p.head, p.begin, p.length, keys),
+        memory{shared} {}
+
+  __device__ __forceinline__ int warp_row() const { return p.first + threadIdx.x / 32 * 16; }
+  // Queries are waited for with the first keys
+  __device__ __forceinline__ void load_queries(int which, const Heads& x) const {
+    load<T>(memory.outer(which), x, p.batch, p.head, p.begin + p.first, a.dim,
+            [&](int row) { return p.first + row < p.length; });
+  }
+  __device__ __forceinline__ void load_keys(int at, int stage) const {
+    const int kv_head = p.head / int(a.heads / a.kv_heads);
     const auto there = [&](int row) { return scores.counts(at + row); };
-    inner(0, stage).load(row_of<T>(a.k, p.batch, kv_head, p.other_begin + at), a.k.row, a.dim, a.k.aligned, there);
-    inner(1, stage).load(row_of<T>(a.v, p.batch, kv_head, p.other_begin + at), a.v.row, a.dim, a.v.aligned, there);
-  };
-  q.load(row_of<T>(a.q, p.batch, p.head, p.begin + p.first), a.q.row, a.dim, a.q.aligned,
-         [&](int row) { return p.first + row < p.length; });  // waited for with the first keys
+    load<T>(memory.inner(0, stage), a.k, p.batch, kv_head, p.other_begin + at, a.dim, there);
+    load<T>(memory.inner(1, stage), a.v, p.batch, kv_head, p.other_begin + at, a.dim, there);
+  }
+  // The first key that the block's queries may see, and the first behind them
+  __device__ __forceinline__ int begin() const {
+    const int left = p.first + keys - p.length - a.left;
+    return a.left >= 0 && left > 0 ? left : 0;
+  }
+  __device__ __forceinline__ int end() const {
+    const int right = p.first + Tiles::kOuter + keys - p.length + a.right;
+    return a.right >= 0 && right < keys ? right : keys;
+  }
+  __device__ __forceinline__ bool all_visible(int at) const {
+    return scores.all_visible(p.first, p.first + Tiles::kOuter, at, at + kInner);
+  }
+  // Writes a warp's result times a factor per row
+  __device__ __forceinline__ void store(const float (&acc)[kDim / 8][4], const float (&factor)[2],
+                                        const Heads& to) const {
+    store_rows(acc, factor, row_of<T>(to, p.batch, p.head, p.begin), to.row, warp_row(), p.length, 0, a.dim,
+               to.aligned);
+  }
+};
 
-  const int shift = keys - p.length;
-  const int left = p.first + shift - a.left, right = p.first + Tiles::kOuter + shift + a.right;
-  const int begin = a.left >= 0 && left > 0 ? left : 0, end = a.right >= 0 && right < keys ? right : keys;
-  const int row = p.first + warp * 16 + lane / 4;  // this lane's first query; the second is row + 8
+template <class T, int kDim, bool kGeneral>
+__global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDim, true>::kMinBlocks)
+    attention_kernel(const __grid_constant__ AttentionLaunch l) {
+  PYFAST_SHARED(shared);
+  using Block = OverKeys<T, kDim, kGeneral, 1>;
+  constexpr int kInner = Block::kInner, kTiles = Block::kTiles;
+  const Attention& a = l.a;
+  const Block block(l, shared);
+  const Place& p = block.p;
+  if (p.first >= p.length) return;
+  const Scores<kGeneral>& scores = block.scores;
+  block.load_queries(0, a.q);
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row = block.warp_row() + lane / 4;  // this lane's first query; the second is row + 8
   float maximum[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
   float acc[kDim / 8][4] = {};
-  Factors factors(a);
+  Factors factors(l);
 
-  walk<kInner, Tiles::kStages>(begin, end, load, [&](int at, int stage) {
+  const auto load_keys = [&](int at, int stage) { block.load_keys(at, stage); };
+  walk<kInner, Block::Tiles::kStages>(block.begin(), block.end(), load_keys, [&](int at, int stage) {
     float s[kTiles][4] = {};
-    multiply<T, false, kDim>(s, q, warp * 16, inner(0, stage), 0);
-    const bool whole = scores.all_visible(p.first, p.first + Tiles::kOuter, at, at + kInner);
+    multiply<T, false, kDim>(s, block.memory.outer(0), warp * 16, block.memory.inner(0, stage), 0);
+    const bool whole = block.all_visible(at);
     float largest[2] = {maximum[0], maximum[1]};
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
@@ -258,7 +316,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
         if (kGeneral && a.seed)
           s[j][e] *= factors.next(scores.dropout_index(row + e / 2 * 8, at + 8 * j + lane % 4 * 2 + e % 2));
       }
-    multiply<T, kInner>(acc, s, scratch, inner(1, stage), 0);
+    multiply<T, kInner>(acc, s, block.memory.scratch(), block.memory.inner(1, stage), 0);
   });
 
   float factor[2];
@@ -281,46 +339,30 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
       a.log_sum[scores.row + i] = total[h] == 0.f ? 0.f : logf(total[h]);
     }
   }
-  store_rows(acc, factor, row_of<T>(a.out, p.batch, p.head, p.begin), a.out.row, p.first + warp * 16, p.length, 0,
-             a.dim, a.out.aligned);
+  block.store(acc, factor, a.out);
 }
 
 // dq, delta (out dout summed, less the gradient of lse) and, where asked for, the gradient of the scores
 template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
+__global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDim, true>::kMinBlocks)
     attention_dq_kernel(const __grid_constant__ AttentionLaunch l) {
   PYFAST_SHARED(shared);
-  using Tiles = Tiling<T, kDim, true>;
-  constexpr int kInner = Tiles::kInner, kTiles = kInner / 8;
-  using Outer = typename Tiles::OuterTile;
-  using Inner = typename Tiles::InnerTile;
+  using Block = OverKeys<T, kDim, kGeneral, 2>;
+  constexpr int kInner = Block::kInner, kTiles = Block::kTiles;
   const Attention& a = l.a;
-  const Place p = locate(l, a.heads, a.cu_q, a.cu_k, a.sq, a.sk, Tiles::kOuter, true);
+  const Block block(l, shared);
+  const Place& p = block.p;
   if (p.first >= p.length) return;
-  const int64_t kv_head = p.head / (a.heads / a.kv_heads);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = p.other_length > 0 ? p.other_length : 0;
-  const Scores<kGeneral> scores(a, p.batch, p.head, p.begin, p.length, keys);
+  const Scores<kGeneral>& scores = block.scores;
+  block.load_queries(0, a.q);
+  block.load_queries(1, a.dout);
 
-  const Outer q{reinterpret_cast<T*>(shared)}, dout{reinterpret_cast<T*>(shared + Outer::kBytes)};
-  const auto inner = [&](int which, int stage) {
-    return Inner{reinterpret_cast<T*>(shared + 2 * Outer::kBytes + (2 * stage + which) * Inner::kBytes)};
-  };
-  T* const scratch =
-      reinterpret_cast<T*>(shared + 2 * Outer::kBytes + 2 * Tiles::kStages * Inner::kBytes + warp * Tiles::kScratch);
-  const auto load = [&](int at, int stage) {
-    const auto there = [&](int row) { return scores.counts(at + row); };
-    inner(0, stage).load(row_of<T>(a.k, p.batch, kv_head, p.other_begin + at), a.k.row, a.dim, a.k.aligned, there);
-    inner(1, stage).load(row_of<T>(a.v, p.batch, kv_head, p.other_begin + at), a.v.row, a.dim, a.v.aligned, there);
-  };
-  const auto there = [&](int row) { return p.first + row < p.length; };
-  q.load(row_of<T>(a.q, p.batch, p.head, p.begin + p.first), a.q.row, a.dim, a.q.aligned, there);
-  dout.load(row_of<T>(a.dout, p.batch, p.head, p.begin + p.first), a.dout.row, a.dim, a.dout.aligned, there);
-
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = block.keys;
+  const int row = block.warp_row() + lane / 4;
   float delta[2] = {0.f, 0.f}, maximum[2] = {0.f, 0.f}, log_sum[2] = {0.f, 0.f};
-  const int row = p.first + warp * 16 + lane / 4;
   using Sum = std::conditional_t<sizeof(T) == 4, double, float>;  // dp - delta cancels: fp32 needs delta's last bits
   for (int r = 0; r < 16; ++r) {                                  // a warp sums one row after the other
-    const int i = p.first + warp * 16 + r;
+    const int i = block.warp_row() + r;
     Sum terms = 0;
     if (i < p.length) {
       const T *o = row_of<T>(a.out, p.batch, p.head, p.begin + i), *d = row_of<T>(a.dout, p.batch, p.head, p.begin + i);
@@ -340,17 +382,16 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
       log_sum[h] = a.log_sum[scores.row + row + 8 * h];
     }
 
-  const int shift = keys - p.length;
-  const int left = p.first + shift - a.left, right = p.first + Tiles::kOuter + shift + a.right;
-  int begin = a.left >= 0 && left > 0 ? left : 0, end = a.right >= 0 && right < keys ? right : keys;
-  if (a.dscores) begin = 0, end = keys;  // each of its elements is written
+  // of dscores each element is written
+  const int begin = a.dscores ? 0 : block.begin(), end = a.dscores ? keys : block.end();
   float acc[kDim / 8][4] = {};
-  Factors factors(a);
-  walk<kInner, Tiles::kStages>(begin, end, load, [&](int at, int stage) {
+  Factors factors(l);
+  const auto load_keys = [&](int at, int stage) { block.load_keys(at, stage); };
+  walk<kInner, Block::Tiles::kStages>(begin, end, load_keys, [&](int at, int stage) {
     float s[kTiles][4] = {}, dp[kTiles][4] = {};
-    multiply<T, false, kDim>(s, q, warp * 16, inner(0, stage), 0);
-    multiply<T, false, kDim>(dp, dout, warp * 16, inner(1, stage), 0);
-    const bool whole = scores.all_visible(p.first, p.first + Tiles::kOuter, at, at + kInner);
+    multiply<T, false, kDim>(s, block.memory.outer(0), warp * 16, block.memory.inner(0, stage), 0);
+    multiply<T, false, kDim>(dp, block.memory.outer(1), warp * 16, block.memory.inner(1, stage), 0);
+    const bool whole = block.all_visible(at);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
@@ -366,40 +407,32 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads)
         if (kGeneral && a.dscores && i < p.length && key < keys) a.dscores[(scores.row + i) * a.sk + key] = ds;
         s[j][e] = ds * slope;
       }
-    multiply<T, kInner>(acc, s, scratch, inner(0, stage), 0);
+    multiply<T, kInner>(acc, s, block.memory.scratch(), block.memory.inner(0, stage), 0);
   });
   const float factor[2] = {a.scale, a.scale};
-  store_rows(acc, factor, row_of<T>(a.dq, p.batch, p.head, p.begin), a.dq.row, p.first + warp * 16, p.length, 0, a.dim,
-             a.dq.aligned);
+  block.store(acc, factor, a.dq);
 }
 
 // dk and dv: rows of the products are keys here, columns queries
 template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(Tiling<T, kDim, false>::kThreads)
+__global__ void __launch_bounds__(Tiling<T, kDim, false>::kThreads, Tiling<T, kDim, false>::kMinBlocks)
     attention_dkv_kernel(const __grid_constant__ AttentionLaunch l) {
   PYFAST_SHARED(shared);
   using Tiles = Tiling<T, kDim, false>;
   constexpr int kInner = Tiles::kInner, kTiles = kInner / 8, kColumns = kDim / Tiles::kParts;
-  using Outer = typename Tiles::OuterTile;
-  using Inner = typename Tiles::InnerTile;
   const Attention& a = l.a;
   const Place p = locate(l, a.kv_heads, a.cu_k, a.cu_q, a.sk, a.sq, Tiles::kOuter, false);
   if (p.first >= p.length) return;
-  const int64_t group = a.heads / a.kv_heads;
+  const int group = int(a.heads / a.kv_heads);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, queries = p.other_length > 0 ? p.other_length : 0;
   const int warp_row = warp % (Tiles::kOuter / 16) * 16, column = warp / (Tiles::kOuter / 16) * kColumns;
 
-  const Outer k{reinterpret_cast<T*>(shared)}, v{reinterpret_cast<T*>(shared + Outer::kBytes)};
-  const auto inner = [&](int which, int stage) {
-    return Inner{reinterpret_cast<T*>(shared + 2 * Outer::kBytes + (2 * stage + which) * Inner::kBytes)};
-  };
-  T* const scratch =
-      reinterpret_cast<T*>(shared + 2 * Outer::kBytes + 2 * Tiles::kStages * Inner::kBytes + warp * Tiles::kScratch);
+  const Memory<T, Tiles, 2> memory{shared};
   {
     const Scores<kGeneral> scores(a, p.batch, 0, 0, queries, p.length);
     const auto there = [&](int row) { return scores.counts(p.first + row); };
-    k.load(row_of<T>(a.k, p.batch, p.head, p.begin + p.first), a.k.row, a.dim, a.k.aligned, there);
-    v.load(row_of<T>(a.v, p.batch, p.head, p.begin + p.first), a.v.row, a.dim, a.v.aligned, there);
+    load<T>(memory.outer(0), a.k, p.batch, p.head, p.begin + p.first, a.dim, there);
+    load<T>(memory.outer(1), a.v, p.batch, p.head, p.begin + p.first, a.dim, there);
   }
 
   const int shift = p.length - queries;
@@ -408,37 +441,38 @@ __global__ void __launch_bounds__(Tiling<T, kDim, false>::kThreads)
   const int end = a.left >= 0 && behind_seeing < queries ? behind_seeing : queries;
   const int row = p.first + warp_row + lane / 4;  // this lane's first key; the second is row + 8
   float dk[kColumns / 8][4] = {}, dv[kColumns / 8][4] = {};
-  const Factors factors(a);
-  for (int64_t head = p.head * group; head < (p.head + 1) * group; ++head) {
+  const Factors factors(l);
+  for (int head = p.head * group; head < (p.head + 1) * group; ++head) {
     const Scores<kGeneral> scores(a, p.batch, head, p.other_begin, queries, p.length);
-    const auto load = [&](int at, int stage) {
+    const auto load_queries = [&](int at, int stage) {
       const auto there = [&](int row) { return at + row < queries; };
-      inner(0, stage).load(row_of<T>(a.q, p.batch, head, p.other_begin + at), a.q.row, a.dim, a.q.aligned, there);
-      inner(1, stage).load(row_of<T>(a.dout, p.batch, head, p.other_begin + at), a.dout.row, a.dim, a.dout.aligned,
-                           there);
+      load<T>(memory.inner(0, stage), a.q, p.batch, head, p.other_begin + at, a.dim, there);
+      load<T>(memory.inner(1, stage), a.dout, p.batch, head, p.other_begin + at, a.dim, there);
     };
-    walk<kInner, Tiles::kStages>(begin, end, load, [&](int at, int stage) {
+    walk<kInner, Tiles::kStages>(begin, end, load_queries, [&](int at, int stage) {
+      const auto q = memory.inner(0, stage), dout = memory.inner(1, stage);
       float s[kTiles][4] = {}, dp[kTiles][4] = {};
-      multiply<T, false, kDim>(s, k, warp_row, inner(0, stage), 0);
-      multiply<T, false, kDim>(dp, v, warp_row, inner(1, stage), 0);
+      multiply<T, false, kDim>(s, memory.outer(0), warp_row, q, 0);
+      multiply<T, false, kDim>(dp, memory.outer(1), warp_row, dout, 0);
       const bool whole = scores.all_visible(at, at + kInner, p.first, p.first + Tiles::kOuter);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int key = row + e / 2 * 8, i = at + 8 * j + lane % 4 * 2 + e % 2;
-          float slope, factor = 1.f;
+          // first: what lives across this call takes registers, of which D = 128 leaves none
+          const float factor = kGeneral && a.seed ? factors.at(scores.dropout_index(i, key)) : 1.f;
+          float slope;
           const float score = scores.score(s[j][e], i, key, slope);
           const bool seen = (whole || scores.visible(i, key)) && score != -INFINITY;
           const int64_t at_row = scores.row + i;
           const float probability = seen ? exponential<T>((score - a.maximum[at_row]) - a.log_sum[at_row]) : 0.f;
-          if (kGeneral && a.seed) factor = factors.at(scores.dropout_index(i, key));
           const float d = dp[j][e] * factor;
           dp[j][e] = seen ? probability * (d - a.delta[at_row]) * slope : 0.f;
           s[j][e] = probability * factor;
         }
-      multiply<T, kInner>(dv, s, scratch, inner(1, stage), column);
-      multiply<T, kInner>(dk, dp, scratch, inner(0, stage), column);
+      multiply<T, kInner>(dv, s, memory.scratch(), dout, column);
+      multiply<T, kInner>(dk, dp, memory.scratch(), q, column);
     });
   }
   const float one[2] = {1.f, 1.f}, scale[2] = {a.scale, a.scale};

@@ -51,14 +51,4 @@ inline void check_launch(int code, const char* op) {
   STD_TORCH_CHECK(code == 0, op, ": the CUDA kernel failed: ", pyfast_cuda_error(code));
 }
 
-// A kernel's optional parameter of this element type and shape, contiguous; null where it is not given
-template <class T>
-const T* optional_values(const std::optional<Tensor>& t, ScalarType type, const char* name,
-                         std::initializer_list<int64_t> shape, const char* names) {
-  if (!t) return nullptr;
-  check_shape(*t, name, shape, names);
-  STD_TORCH_CHECK(t->scalar_type() == type && t->is_contiguous(), name, " has another dtype, or is not contiguous");
-  return static_cast<const T*>(t->const_data_ptr());
-}
-
 }  // namespace pyfast
