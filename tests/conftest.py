@@ -22,6 +22,8 @@ def poisoned_memory():
     """torch.empty and its kin return NaN, so that an element that a kernel forgets to write is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if dispatch.unavailable("cpu") is None:
+        torch.ops.pyfast_cpu.allocate_by_dispatcher(True)
     yield
     torch.use_deterministic_algorithms(False)
 

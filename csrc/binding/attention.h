@@ -12,8 +12,7 @@ using OptionalTensor = std::optional<Tensor>;
 // (B, H, S, D) laid out as (B, S, H, D); packed (T, H, D)
 inline Tensor rows_first(const Tensor& like) {
   if (like.dim() == 3) return make_empty(like, {like.size(0), like.size(1), like.size(2)});
-  return torch::stable::transpose(
-      make_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
+  return torch::stable::transpose(make_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
 }
 
 // A backend's Problem, with all that its kernels take in the same form, checked. In the backend's own hands are q, k

@@ -64,10 +64,18 @@ inline DType dtype_of(const Tensor& t) {
   return DType::fp32;
 }
 
+// For tests: make_empty goes through torch's dispatcher, which fills new memory with NaN where it is told to.
+#if defined(PYFAST_EMULATOR)
+constexpr bool allocate_by_dispatcher = true;
+#else
+inline bool allocate_by_dispatcher = false;
+#endif
+
 // A contiguous tensor on like's device, not written yet. By the C shim: torch::stable::new_empty looks its operator up
 // by name, which costs a microsecond a call.
 inline Tensor make_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
+  if (allocate_by_dispatcher) return torch::stable::new_empty(like, sizes, dtype);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   int32_t device, type;

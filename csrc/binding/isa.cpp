@@ -60,11 +60,14 @@ void set_isa_name(std::string name) {
                   kNames[int(best_isa())]);
 }
 
+void set_by_dispatcher(bool on) { allocate_by_dispatcher = on; }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyfast_cpu, CompositeExplicitAutograd, m) {
   m.impl("get_isa", TORCH_BOX(&get_isa_name));
   m.impl("set_isa", TORCH_BOX(&set_isa_name));
+  m.impl("allocate_by_dispatcher", TORCH_BOX(&set_by_dispatcher));
 }
 
 }  // namespace pyfast

@@ -48,22 +48,16 @@ T shuffle(uint32_t mask, T value, int argument, int width, Shuffle kind) {
       "a shuffle");
 }
 }  // namespace simt
-template <class T>
-T __shfl_sync(uint32_t mask, T value, int lane, int width = 32) {
-  return simt::shuffle(mask, value, lane, width, simt::Shuffle::index);
-}
-template <class T>
-T __shfl_xor_sync(uint32_t mask, T value, int lanes, int width = 32) {
-  return simt::shuffle(mask, value, lanes, width, simt::Shuffle::exclusive_or);
-}
-template <class T>
-T __shfl_up_sync(uint32_t mask, T value, int by, int width = 32) {
-  return simt::shuffle(mask, value, by, width, simt::Shuffle::up);
-}
-template <class T>
-T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32) {
-  return simt::shuffle(mask, value, by, width, simt::Shuffle::down);
-}
+#define SIMT_SHUFFLE(name, kind)                                             \
+  template <class T>                                                         \
+  T name(uint32_t mask, T value, int argument, int width = 32) {             \
+    return simt::shuffle(mask, value, argument, width, simt::Shuffle::kind); \
+  }
+SIMT_SHUFFLE(__shfl_sync, index)
+SIMT_SHUFFLE(__shfl_xor_sync, exclusive_or)
+SIMT_SHUFFLE(__shfl_up_sync, up)
+SIMT_SHUFFLE(__shfl_down_sync, down)
+#undef SIMT_SHUFFLE
 inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
   return simt::collective<int, uint32_t>(
       mask, predicate,

@@ -28,6 +28,7 @@ def kernel(schema: str):
 
 _LIBRARIES["pyfast_cpu"].define("get_isa() -> str")
 _LIBRARIES["pyfast_cpu"].define("set_isa(str name) -> ()")
+_LIBRARIES["pyfast_cpu"].define("allocate_by_dispatcher(bool on) -> ()")
 _LIBRARIES["pyfast_cpu"].define("empty_cache() -> ()")  # frees memory that is kept for large results
 _LIBRARIES["pyfast_cuda"].define("architectures() -> str")
 _LIBRARIES["pyfast_cuda"].define("emulate(str order, int seed, bool lazy, str arch) -> ()")
