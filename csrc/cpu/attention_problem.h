@@ -37,8 +37,7 @@ PF_INLINE fvec exp_below(fvec x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer
   constexpr float kLeast = -87.f;
   fvec n = (x * kLog2e + kRound) - kRound;
-  fvec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
+  fvec r = without_ln2(x, n);
   fvec p = splat(1.381454008e-3f);
   p = p * r + 8.368745213e-3f;
   p = p * r + 4.166839079e-2f;

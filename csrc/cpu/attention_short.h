@@ -52,26 +52,34 @@ struct Short {
     return {copy, D};
   }
 
+  // body(block, its queries) for the blocks of a key/value head's heads
+  template <class F>
+  void for_blocks(const Sequence& s, int64_t n, int64_t hk, const F& body) const {
+    for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h)
+      for (int64_t i0 = 0; i0 < s.sq; i0 += kShortQueries) {
+        const int64_t rows = std::min(kShortQueries, s.sq - i0);
+        const auto [first, last] = a.keys_of(s, i0, i0 + rows);
+        body(Block{n, h, i0, first, last - first, round_up(rows, VL)}, rows);
+      }
+  }
+
   // ---- forward: one key/value head of a sequence
   void forward(int64_t n, int64_t hk, Memory& m) const {
     const Sequence s = a.sequence(n);
     const Operand k = operand(a.k, s.k_offset, a.k_strides, hk, 0, s.last_key, m.k);
     const Operand v = operand(a.v, s.v_offset, a.v_strides, hk, 0, s.last_key, m.v);
-    for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h)
-      for (int64_t i0 = 0; i0 < s.sq; i0 += kShortQueries) {
-        const int64_t rows = std::min(kShortQueries, s.sq - i0), ld = round_up(rows, VL);
-        const auto [first, last] = a.keys_of(s, i0, i0 + rows);
-        const Block b{n, h, i0, first, last - first, ld};
-        const Operand q = operand(a.q, s.q_offset, a.q_strides, h, i0, rows, m.q);
-        transpose32(q.data, q.ld, m.q_t, ld, rows, D);
-        multiply<false>(b.keys, a.dim, k.row(first), k.ld, m.q_t, ld, Destination<float>{m.scores, ld, ld});
-        const bool finish = a.general() || !all_visible(a, s, b);
-        if (finish) finish_scores(a, s, b, m.scores, nullptr, m.dropout);
-        softmax(s, b, rows, finish ? 1.f : a.scale, m);
-        T* out = (T*)a.out + s.out_offset + h * a.out_strides.head + i0 * a.out_strides.row;
-        multiply<true>(rows, b.keys, m.scores, ld, v.row(first), v.ld,
-                       Destination<T>{out, a.out_strides.row, a.dim, false, m.rescale});
-      }
+    for_blocks(s, n, hk, [&](const Block& b, int64_t rows) {
+      const auto [sequence, h, i0, first, keys, ld] = b;
+      const Operand q = operand(a.q, s.q_offset, a.q_strides, h, i0, rows, m.q);
+      transpose32(q.data, q.ld, m.q_t, ld, rows, D);
+      multiply<false>(keys, a.dim, k.row(first), k.ld, m.q_t, ld, Destination<float>{m.scores, ld, ld});
+      const bool finish = a.general() || !all_visible(a, s, b);
+      if (finish) finish_scores(a, s, b, m.scores, nullptr, m.dropout);
+      softmax(s, b, rows, finish ? 1.f : a.scale, m);
+      T* out = (T*)a.out + s.out_offset + h * a.out_strides.head + i0 * a.out_strides.row;
+      multiply<true>(rows, keys, m.scores, ld, v.row(first), v.ld,
+                     Destination<T>{out, a.out_strides.row, a.dim, false, m.rescale});
+    });
   }
 
   // Scores become exponentials, dropped out; rescale divides by their sum.
@@ -121,29 +129,26 @@ struct Short {
       for (const auto& sum : {sum_k, sum_v})
         for (int64_t j = first; j < last; ++j) std::memset(sum.data + j * sum.ld, 0, a.dim * sizeof(float));
     };
-    for (int64_t h = hk * a.group(); h < (hk + 1) * a.group(); ++h)
-      for (int64_t i0 = 0; i0 < s.sq; i0 += kShortQueries) {
-        const int64_t rows = std::min(kShortQueries, s.sq - i0), ld = round_up(rows, VL);
-        const auto [first, last] = a.keys_of(s, i0, i0 + rows);
-        const Block b{n, h, i0, first, last - first, ld};
-        const Operand q = operand(a.q, s.q_offset, a.q_strides, h, i0, rows, m.q);
-        const Operand dout = operand(a.dout, s.dout_offset, a.dout_strides, h, i0, rows, m.dout);
-        transpose32(q.data, q.ld, m.q_t, ld, rows, D);
-        transpose32(dout.data, dout.ld, m.do_t, ld, rows, D);
-        multiply<false>(b.keys, a.dim, k.row(first), k.ld, m.q_t, ld, Destination<float>{m.scores, ld, ld});
-        multiply<false>(b.keys, a.dim, v.row(first), v.ld, m.do_t, ld, Destination<float>{m.dp, ld, ld});
-        const bool finish = a.general() || !all_visible(a, s, b);
-        if (finish) finish_scores(a, s, b, m.scores, m.cap_slope, m.dropout);
-        gradients(s, b, rows, finish ? 1.f : a.scale, m);
-        if (!sum_k.accumulate) zero(0, first), zero(last, s.sk);
-        const Destination<float> part_k{sum_k.data + first * sum_k.ld, sum_k.ld, a.dim, sum_k.accumulate};
-        const Destination<float> part_v{sum_v.data + first * sum_v.ld, sum_v.ld, a.dim, sum_v.accumulate};
-        multiply<false>(b.keys, rows, m.scores, ld, dout.data, dout.ld, part_v);
-        multiply<false>(b.keys, rows, m.dp, ld, q.data, q.ld, part_k);
-        sum_k.accumulate = sum_v.accumulate = true;
-        T* dq = (T*)a.dq + s.dq_offset + h * a.dq_strides.head + i0 * a.dq_strides.row;
-        multiply<true>(rows, b.keys, m.dp, ld, k.row(first), k.ld, Destination<T>{dq, a.dq_strides.row, a.dim});
-      }
+    for_blocks(s, n, hk, [&](const Block& b, int64_t rows) {
+      const auto [sequence, h, i0, first, keys, ld] = b;
+      const Operand q = operand(a.q, s.q_offset, a.q_strides, h, i0, rows, m.q);
+      const Operand dout = operand(a.dout, s.dout_offset, a.dout_strides, h, i0, rows, m.dout);
+      transpose32(q.data, q.ld, m.q_t, ld, rows, D);
+      transpose32(dout.data, dout.ld, m.do_t, ld, rows, D);
+      multiply<false>(keys, a.dim, k.row(first), k.ld, m.q_t, ld, Destination<float>{m.scores, ld, ld});
+      multiply<false>(keys, a.dim, v.row(first), v.ld, m.do_t, ld, Destination<float>{m.dp, ld, ld});
+      const bool finish = a.general() || !all_visible(a, s, b);
+      if (finish) finish_scores(a, s, b, m.scores, m.cap_slope, m.dropout);
+      gradients(s, b, rows, finish ? 1.f : a.scale, m);
+      if (!sum_k.accumulate) zero(0, first), zero(first + keys, s.sk);
+      const Destination<float> part_k{sum_k.data + first * sum_k.ld, sum_k.ld, a.dim, sum_k.accumulate};
+      const Destination<float> part_v{sum_v.data + first * sum_v.ld, sum_v.ld, a.dim, sum_v.accumulate};
+      multiply<false>(keys, rows, m.scores, ld, dout.data, dout.ld, part_v);
+      multiply<false>(keys, rows, m.dp, ld, q.data, q.ld, part_k);
+      sum_k.accumulate = sum_v.accumulate = true;
+      T* dq = (T*)a.dq + s.dq_offset + h * a.dq_strides.head + i0 * a.dq_strides.row;
+      multiply<true>(rows, keys, m.dp, ld, k.row(first), k.ld, Destination<T>{dq, a.dq_strides.row, a.dim});
+    });
     if (!sum_k.accumulate) zero(0, s.sk);
     if constexpr (!kInPlace)
       for (int64_t j = 0; j < s.sk; ++j)

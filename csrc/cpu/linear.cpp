@@ -25,7 +25,7 @@ constexpr int64_t kRows = 256;        // of a task
 constexpr int64_t kColumns = 256;     // of a task's sums in L2
 constexpr int64_t kDepth = 16;        // tiles of the depth at a time
 constexpr int64_t kTasks = 64;        // or more, if there are so many blocks
-constexpr int64_t kFewestRows = 16;  // with fewer, packing the weight costs more than the faster product brings
+constexpr int64_t kFewestRows = 16;   // with fewer, packing the weight costs more than the faster product brings
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 

@@ -185,14 +185,16 @@ PF_INLINE fvec round_even(fvec x) {
 #endif
 }
 
+// x - n ln 2 for integral n: Cody and Waite's two parts of ln 2, the first of which has few bits
+PF_INLINE fvec without_ln2(fvec x, fvec n) { return (x - n * 0.693359375f) - n * -2.12194440e-4f; }
+
 // exp to about 1 ulp over the whole range: Cody-Waite reduction by ln 2 in two parts, then Cephes' degree-5 minimax
 // polynomial. 2^n is applied by AVX-512's scalef, elsewhere as two factors, so that results near overflow and in the
 // subnormals come out right; NaN passes through.
 PF_INLINE fvec exp(fvec x) {
   x = min(splat(89.f), max(splat(-104.f), x));
   fvec n = round_even(x * 1.44269504088896341f);
-  fvec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
+  fvec r = without_ln2(x, n);
   fvec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
