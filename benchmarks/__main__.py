@@ -37,12 +37,14 @@ COLUMNS = (
 LEGEND = (
     "`pyfast_speedup` is the variant's time over PyFast's: above 1, PyFast wins; rows in which it loses are marked ◀."
     " Rows in italics are floors: clone() of the same bytes on huge pages, or the bare matrix products, so that their"
-    " speed-up is the share of that rate which PyFast reaches. ms is the median; `peak_mb` what a call holds at most"
+    " speed-up is the share of that rate which PyFast reaches. `pyfast, by torch`: a call so small that PyFast has"
+    " PyTorch serve it, so that its checks are all that differs. ms is the median; `peak_mb` what a call holds at most"
     " beyond its inputs; `of_gemm` and `of_copy` are shares of the limits above."
 )
 
 
 def bench(name: str):
+    """The module of an op's benchmark."""
     return importlib.import_module(f".bench_{name}", __package__)
 
 
@@ -66,6 +68,8 @@ def run(names: list[str], skip: list[str], only: str = "") -> Iterator[tuple[str
 
 def cells(row: dict) -> list[str]:
     found = ["" if row.get(column) is None else str(row[column]) for column in COLUMNS]
+    if row.get("backend") == "torch":
+        found[COLUMNS.index("variant")] += ", by torch"
     if row["loses"]:
         found[-1] += " ◀"
     return found
@@ -115,6 +119,11 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"there is no benchmark {name!r}: choose from {', '.join(NAMES)}")
     if options.only and options.save:
         parser.error("--save writes an op's whole table: leave --only out")
+    for name in options.names or NAMES:
+        try:
+            bench(name)
+        except ModuleNotFoundError as error:
+            parser.error(f"{name} needs {error.name}: pip install 'pyfast-kernels[bench]'")
     rows = []
     for name, result in run(options.names or NAMES, options.skip, options.only):
         rows += result["rows"]

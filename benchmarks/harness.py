@@ -12,8 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
+
+from pyfast import dispatch
 
 from . import machine
 from .roofline import clones
@@ -67,6 +70,7 @@ class Case:
         self._cotangents: dict = {}
         self.seconds: dict[str, list[float]] = {}
         self.memory: dict[str, float] = {}
+        self.by_torch = False  # whether PyFast has PyTorch serve this case: dispatch.SMALL
 
     @property
     def timed(self) -> list[str]:
@@ -101,7 +105,10 @@ class Case:
 
     def check(self, inputs: tuple) -> None:
         """Raises AssertionError where a variant is off from what the first peer computes in fp32."""
-        found = {variant: self.run(variant, inputs) for variant in self.variants}
+        with mock.patch.object(dispatch, "choose", side_effect=dispatch.choose, autospec=True) as choose:
+            found = {"pyfast": self.run("pyfast", inputs)}
+        self.by_torch = choose.called and dispatch.choose(*choose.call_args.args) == "torch"
+        found |= {variant: self.run(variant, inputs) for variant in list(self.variants)[1:]}
         exact = tuple(
             x.detach().float().requires_grad_(x.requires_grad) if torch.is_tensor(x) and x.is_floating_point() else x
             for x in inputs
@@ -146,6 +153,8 @@ class Case:
             row = {"op": self.op, "case": self.label, "variant": variant, "ms": median * 1e3}
             row |= {"min_ms": min(seconds) * 1e3, "max_ms": max(seconds) * 1e3, "pyfast_speedup": median / ours}
             row |= {"floor": variant in self.floors, "loses": variant not in self.floors and median < ours}
+            if variant == "pyfast":
+                row["backend"] = "torch" if self.by_torch else "kernels"
             row |= {"flops": self.flops, "bytes": self.bytes, "peak_mb": self.memory[variant]}
             if self.flops:
                 row["tflops"] = self.flops / median / 1e12

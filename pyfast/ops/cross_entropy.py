@@ -101,7 +101,7 @@ def check_loss(op, input, target, classes, weight, ignore_index, reduction, labe
         raise ValueError(f"{op}: z_loss is {z_loss}, expected a number that is not negative")
     if not values_known(target) or not target.numel():  # the kernels check
         return False
-    low, high = target.aminmax()
+    low, high = (value.item() for value in target.aminmax())
     if low >= 0 and high < classes:
         return not 0 <= ignore_index < classes
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
@@ -127,10 +127,12 @@ def composite_loss(
 ) -> torch.Tensor:
     """The loss of logits in fp32 or fp64 by PyTorch's own operators."""
 
+    flat = logits.dim() == 2  # a view of itself would be a node of autograd more
+
     def loss(reduction):
         return F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
-            target.reshape(-1),
+            logits if flat else logits.reshape(-1, logits.shape[-1]),
+            target if flat else target.reshape(-1),
             None if weight is None else weight.to(logits.dtype),
             ignore_index=ignore_index,
             reduction=reduction,

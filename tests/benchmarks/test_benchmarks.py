@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import data, end_to_end, growth, harness
+from benchmarks import data, end_to_end, growth, harness, readme
 from benchmarks.__main__ import NAMES, main
 from benchmarks.harness import Case, measure
 
@@ -207,6 +207,16 @@ def test_sentences(tokenizer, monkeypatch):
         training.set_dropout(True)
         assert training.step(0) != losses[variant][0]
     assert losses["pyfast"] == pytest.approx(losses["stock"], rel=1e-5)
+
+
+# ---- README
+
+
+def test_readme_has_the_saved_results():
+    """Its tables are those that benchmarks.readme makes, each there once."""
+    text = readme.README.read_text()
+    assert readme.written(text, readme.MACHINE) == text
+    assert sorted(found[1] for found in readme.TABLE.finditer(text)) == sorted(readme.TABLES)
 
 
 # ---- growth
