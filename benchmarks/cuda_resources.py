@@ -117,12 +117,13 @@ def faults(rows: list[dict]) -> list[str]:
     """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit products."""
     found = []
     for row in rows:
-        multiplies = re.match(r"(?:attention\w*|gemm|logits|lora)_kernel<(\w+)", row["kernel"])
+        copies = re.match(r"(?:attention\w*|gemm|logits|lora)_kernel", row["kernel"])
+        multiplies = copies or row["kernel"].startswith("quantized_linear")
         if row["local_instructions"]:
             found.append(f"{row['kernel']}: {row['local_instructions']} local loads and stores")
-        if multiplies and not row["async_copies"]:
+        if copies and not row["async_copies"]:
             found.append(f"{row['kernel']}: no asynchronous copies")
-        if multiplies and multiplies[1] != "float" and not row["tensor_core"]:
+        if multiplies and "<float" not in row["kernel"] and not row["tensor_core"]:
             found.append(f"{row['kernel']}: no tensor-core instructions")
     return found
 

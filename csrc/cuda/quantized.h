@@ -1,4 +1,4 @@
-// The plain C interface of dequantisation: no torch, no CUDA header.
+// The plain C interface of the kernels for quantised weights: no torch, no CUDA header.
 #pragma once
 #include <cstdint>
 
@@ -18,9 +18,20 @@ struct Dequantize {
   void* out;
 };
 
+// y = x weight^T + add, of at most kQuantizedRows rows of 16-bit elements. The weight is (n, columns) to the product,
+// and what Dequantize describes, of as many elements, to its scales.
+constexpr int64_t kQuantizedRows = 32;
+struct QuantizedLinear {
+  Dequantize weight;  // its dtype is x's; no out
+  int64_t rows, n, columns;
+  const void *x, *add;  // contiguous, (rows, columns) and (rows, n); add may be null
+  void* y;              // (rows, n), contiguous
+};
+
 }  // namespace pyfast::cuda
 
 extern "C" {
 // 0, or a code for pyfast_cuda_error
 int pyfast_cuda_dequantize(const pyfast::cuda::Dequantize* arguments, void* stream);
+int pyfast_cuda_quantized_linear(const pyfast::cuda::QuantizedLinear* arguments, void* stream);
 }

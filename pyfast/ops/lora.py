@@ -256,15 +256,43 @@ def _flat(backend, x, projections, dropout_p, seeds, activation=None):
     return spec, *distinct(x, *tensors)
 
 
-def _kernel_arguments(spec, dtype, tensors):
-    """weight, lora_A, lora_B, scaling, bias, dropout_p, seed as the kernels take them."""
+def _kernel_arguments(spec, dtype, tensors, left_out=()):
+    """weight, lora_A, lora_B, scaling, bias, dropout_p, seed as the kernels take them; the quantised weights of the
+    projections that are left out with no columns."""
     count = len(spec.scaling)
-    weights, scales, lora_A, lora_B, bias, seeds = (list(tensors[i * count : (i + 1) * count]) for i in range(6))
-    for i, (meta, scale) in enumerate(zip(spec.quantized, scales, strict=True)):
-        if meta is not None:
-            format, shape, blocksize = meta
-            weights[i] = _dequantize(spec.backend, QuantizedWeight(format, weights[i], scale, shape, blocksize), dtype)
+    weights, _, lora_A, lora_B, bias, seeds = (list(tensors[i * count : (i + 1) * count]) for i in range(6))
+    for i, weight in _quantized(spec, tensors).items():
+        if i in left_out:
+            weights[i] = weight.data.new_empty((weight.shape[0], 0), dtype=dtype)
+        else:
+            weights[i] = _dequantize(spec.backend, weight, dtype)
     return weights, lora_A, lora_B, list(spec.scaling), bias, spec.dropout_p, seeds
+
+
+def _quantized(spec, tensors):
+    """The quantised weights by projection."""
+    data, scales = tensors, tensors[len(spec.scaling) :]
+    return {
+        i: QuantizedWeight(meta[0], data[i], scales[i], *meta[1:])
+        for i, meta in enumerate(spec.quantized)
+        if meta is not None
+    }
+
+
+#: backend -> how many rows at most its quantized_linear takes, which multiplies with codes in 16 bits
+_FEW_ROWS = {"cuda": 32}
+
+
+def _linears_forward(spec, rows, tensors):
+    """The results and h of lora_linears. Where rows are few, quantised weights are not written out."""
+    kernels, quantized = dispatch.kernels(spec.backend), {}
+    if rows.dtype != torch.float32 and rows.shape[1] > 0 and rows.shape[0] <= _FEW_ROWS.get(spec.backend, 0):
+        quantized = _quantized(spec, tensors)
+    results, h = kernels.lora_linears(rows, *_kernel_arguments(spec, rows.dtype, tensors, quantized))
+    results = [
+        kernels.quantized_linear(rows, y, *_codes(quantized[i])) if i in quantized else y for i, y in enumerate(results)
+    ]
+    return results, h
 
 
 _INT8_LEVELS = tuple(float(code if code < 128 else code - 256) for code in range(256))
@@ -274,7 +302,8 @@ _FP8_LEVELS = {
 }
 
 
-def _dequantize(backend, weight, dtype):
+def _codes(weight):
+    """codes, scale, levels, n, k, block_rows and block_columns as the kernels take them."""
     (n, k), data = weight.shape, weight.data.contiguous()
     if weight.format == "nf4":  # blocks run on from row to row: one long row
         shape, block, levels = (1, n * k), (1, weight.blocksize), NF4_LEVELS
@@ -283,9 +312,11 @@ def _dequantize(backend, weight, dtype):
     else:
         tile = (n, k) if weight.scale.dim() == 0 else (FP8_TILE, FP8_TILE)
         shape, block, levels = (n, k), tile, _FP8_LEVELS[data.dtype]
-    scale = weight.scale.float().contiguous()
-    codes = data.view(torch.uint8)
-    return dispatch.kernels(backend).dequantize(codes, scale, levels, *shape, *block, dtype).view(n, k)
+    return data.view(torch.uint8), weight.scale.float().contiguous(), levels, *shape, *block
+
+
+def _dequantize(backend, weight, dtype):
+    return dispatch.kernels(backend).dequantize(*_codes(weight), dtype).view(weight.shape)
 
 
 def _rows(x):
@@ -296,7 +327,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, x, *tensors):
         rows = _rows(x)
-        results, h = dispatch.kernels(spec.backend).lora_linears(rows, *_kernel_arguments(spec, x.dtype, tensors))
+        results, h = _linears_forward(spec, rows, tensors)
         ctx.spec, ctx.leading = spec, x.shape[:-1]
         projections = range(len(spec.scaling))
         x_needed, h_needed = _needed(ctx, projections)

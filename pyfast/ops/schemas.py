@@ -93,9 +93,10 @@ def _(x, cos, sin, interleaved, inverse):
     return y if y.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-# ---- lora: x (rows, K) contiguous; weight (N, K), lora_A (r, K), lora_B (N, r) and bias (N,) of any strides; the
-# second result is h = x A^T in fp32, (rows, sum of r). The backward returns the gradients that `wanted` asks for:
-# of x, then per projection of weight, lora_A, lora_B and bias.
+# ---- lora: x (rows, K) contiguous; weight (N, K), lora_A (r, K), lora_B (N, r) and bias (N,) of any strides (forward
+# in cuda also (N, 0), for a caller who adds the frozen product to what he gets); the second result is h = x A^T in
+# fp32, (rows, sum of r). The backward returns the gradients that `wanted` asks for: of x, then per projection of
+# weight, lora_A, lora_B and bias.
 _PROJECTIONS = (
     "Tensor[] weight, Tensor?[] lora_A, Tensor?[] lora_B, float[] scaling, Tensor?[] bias, "
     "float dropout_p, Tensor?[] seed"
@@ -144,6 +145,16 @@ def _(dy, x, hidden, h, h_down, weight, lora_A, lora_B, scaling, bias, dropout_p
 )
 def _(codes, scale, levels, n, k, block_rows, block_columns, dtype):
     return codes.new_empty((n, k), dtype=dtype)
+
+
+# y = x weight^T + add, of a few rows, contiguous, in 16 bits, with such a weight as it is: cuda only. An (n, columns)
+# weight, columns those of x, may be described to its scales by other sizes, as nf4's long row is.
+@kernel(
+    "quantized_linear(Tensor x, Tensor? add, Tensor codes, Tensor scale, float[] levels, SymInt n, SymInt k, "
+    "SymInt block_rows, SymInt block_columns) -> Tensor"
+)
+def _(x, add, codes, scale, levels, n, k, block_rows, block_columns):
+    return x.new_empty((x.shape[0], n * k // x.shape[1]))
 
 
 # ---- dropout: the factor, 0 or 1 / (1 - p), of each logical element index from begin on

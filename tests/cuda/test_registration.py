@@ -8,7 +8,15 @@ from harness import run
 
 import pyfast
 from pyfast import dispatch, doctor, emulator
-from pyfast.ops import cross_entropy, linear_cross_entropy, swiglu
+from pyfast.ops import (
+    LoraWeights,
+    QuantizedWeight,
+    cross_entropy,
+    linear_cross_entropy,
+    lora_linear,
+    lora_mlp,
+    swiglu,
+)
 
 x, target = torch.randn(5, 40)[:, :33], torch.tensor([3, 32, 2, 0, -100])
 q, kv = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16)
@@ -39,6 +47,9 @@ CALLS = {
     "dequantize": [
         (torch.randint(256, (6, 8)).byte(), torch.ones(6), [0.5] * 256, 6, 8, 1, 8, torch.bfloat16),
         (torch.randint(256, (6, 4)).byte(), torch.ones(6), [0.5] * 16, 6, 8, 1, 8, torch.float32),
+    ],
+    "quantized_linear": [
+        (rows.half(), None, torch.randint(256, (7, 9)).byte(), torch.ones(7), [0.5] * 256, 7, 9, 1, 9),
     ],
     "cross_entropy": [
         (x, target, None, None, -100, 0.0, None),
@@ -120,6 +131,9 @@ def test_a_kernel_checks_its_arguments():
         torch.ops.pyfast_cuda.lora_mlp_backward(rows, rows, [], h, None, *mlp, [*wanted, True, True, True, False])
     with pytest.raises(RuntimeError, match="do not fit an"):
         torch.ops.pyfast_cuda.dequantize(rows.byte(), torch.ones(5), [0.5] * 256, 5, 8, 1, 8, torch.float32)
+    with pytest.raises(RuntimeError, match="at most 32 rows"):
+        codes = (torch.zeros(7, 9).byte(), torch.ones(7), [0.5] * 256, 7, 9, 1, 9)
+        torch.ops.pyfast_cuda.quantized_linear(torch.zeros(33, 9).half(), None, *codes)
     with pytest.raises(RuntimeError, match="attention_mask has shape"):
         attend(q, kv, kv, None, batched[1][:, :-1], *batched[2:])
 
@@ -141,6 +155,23 @@ def test_compile(dynamic, op):
         args = [torch.randn(rows, classes, requires_grad=True), torch.randint(classes, (rows,))]
         if op is linear_cross_entropy:
             args = [torch.randn(rows, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True), args[1]]
+        eager = run(op, args, backend="cuda")
+        torch.testing.assert_close(run(compiled, args, backend="cuda")[:2], eager[:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_lora(dynamic):
+    """Layers with dropout and with a quantised weight, of few rows and of more, in one graph."""
+    weight = QuantizedWeight.quantize(torch.randn(8, 64), "nf4")
+    p = LoraWeights(torch.randn(64, 64), torch.randn(3, 64), torch.randn(64, 3), 0.5)
+    p = LoraWeights(*(t.bfloat16().requires_grad_() if torch.is_tensor(t) else t for t in p))
+
+    def op(x, seed):
+        return lora_linear(lora_mlp(x, p, p, p, dropout_p=0.5, seeds=[seed] * 3), weight, bias=p.lora_B[:8, 0])
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (5, 40):
+        args = [torch.randn(rows, 64).bfloat16().requires_grad_(), torch.tensor(rows)]
         eager = run(op, args, backend="cuda")
         torch.testing.assert_close(run(compiled, args, backend="cuda")[:2], eager[:2], rtol=0, atol=0)
 

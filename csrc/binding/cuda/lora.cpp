@@ -27,7 +27,8 @@ struct Projections {
   DType dtype;
   double dropout_p;
 
-  Projections(const Tensors& weight, const Optionals& lora_A, const Optionals& lora_B,
+  // columns: of every weight but those that have none
+  Projections(std::optional<int64_t> columns, const Tensors& weight, const Optionals& lora_A, const Optionals& lora_B,
               const std::vector<double>& scaling, const Optionals& bias, double dropout_p, const Optionals& seed)
       : dropout_p(dropout_p) {
     const size_t count = weight.size();
@@ -36,12 +37,13 @@ struct Projections {
                     "weight, lora_A, lora_B, scaling, bias and seed differ in length, or are empty");
     STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "expected 0 <= dropout_p < 1");
     dtype = dtype_of(weight[0]);
+    STD_TORCH_CHECK(weight[0].dim() == 2, "weight has shape ", shape_of(weight[0]), ", expected (n, k)");
+    k = columns.value_or(weight[0].size(1));
     for (size_t i = 0; i < count; ++i) {
       CHECK_SAME_DTYPE(weight[i], weight[0]);
       STD_TORCH_CHECK(weight[i].dim() == 2, "weight has shape ", shape_of(weight[i]), ", expected (n, k)");
-      k = weight[0].size(1);
       const int64_t n = weight[i].size(0);
-      CHECK_SHAPE(weight[i], n, k);
+      if (!(columns && weight[i].size(1) == 0)) CHECK_SHAPE(weight[i], n, k);
       STD_TORCH_CHECK(lora_A[i].has_value() == lora_B[i].has_value(), "lora_A and lora_B go together");
       int64_t r = 0;
       const int64_t* at = nullptr;
@@ -159,7 +161,8 @@ void down(cuda::Lora a, Tensor& h, int64_t column, int64_t rank, void* stream) {
 std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Optionals lora_A, Optionals lora_B,
                                          std::vector<double> scaling, Optionals bias, double dropout_p,
                                          Optionals seed) {
-  const Projections projections(weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
+  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_of(x), ", expected (rows, k)");
+  const Projections projections(x.size(1), weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
   projections.check_input(x);
   const int64_t rows = x.size(0), rank = projections.rank;
   const OnDevice device(x);
@@ -186,7 +189,11 @@ std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Option
       a.y = y.mutable_data_ptr();
       check_launch(pyfast_cuda_lora_up(&a, stream), "lora_up");
     }
-    matmul_out(y, x, torch::stable::transpose(p.weight, 0, 1), p.r || p.bias);
+    const bool written = p.r || p.bias, left_out = p.weight.size(1) != x.size(1);
+    if (!left_out)
+      matmul_out(y, x, torch::stable::transpose(p.weight, 0, 1), written);
+    else if (!written)
+      torch::stable::zero_(y);
     results.push_back(y);
   }
   return {results, h};
@@ -199,7 +206,7 @@ template <class F>
 Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tensor> h, Tensors weight, Optionals lora_A,
                          Optionals lora_B, std::vector<double> scaling, Optionals bias, double dropout_p,
                          Optionals seed, std::vector<bool> wanted, const F& after_dx) {
-  const Projections projections(weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
+  const Projections projections({}, weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
   const size_t count = weight.size();
   STD_TORCH_CHECK(dy.size() == count && wanted.size() == 1 + 4 * count && dy[0].dim() == 2,
                   "dy and wanted do not fit the number of weights, or dy[0] is no matrix");
