@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 import triton
+from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import MockTensor
 
 from pyfast.kernels import launch
 
@@ -85,7 +87,7 @@ def compile_row(job: tuple[str, str, str, int]) -> dict:
         if kernel.__name__ != kernel_name:
             return
         kernel.device_caches.clear()  # the target is another than the last one's
-        signature = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]
+        signature = tree_map_only(torch.Tensor, lambda t: MockTensor(t.dtype), arguments)
         compiled = kernel.warmup(*signature, grid=(1,), **constants, enable_fp_fusion=True)
         row = {
             "kernel": kernel_name,

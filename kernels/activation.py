@@ -4,12 +4,21 @@ A program takes a tile of ROWS x BLOCK elements. Rows may have any stride, so th
 tensor are read in place; gated inputs that are contiguous are one long row.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 from pyfast.kernels import launch
+
+
+class Matrix(NamedTuple):
+    """(rows, columns), of unit stride within a row."""
+
+    data: torch.Tensor
+    stride: int
 
 
 @triton.jit
@@ -43,73 +52,57 @@ def tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gated_kernel(
-    GATE,
-    UP,
-    Y,
-    rows,
-    columns,
-    gate_stride,
-    up_stride,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def load(x, row, column, inside):
+    return tl.load(x.data + row * x.stride + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_biased(x, BIAS, row, column, columns, inside):
+    value = load(x, row, column, inside)
+    if BIAS is not None:
+        value += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def store(Y, value, row, column, columns, inside):
+    tl.store(Y + row * columns + column, value.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_kernel(gate, up, Y, rows, columns, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, column, inside = tile(rows, columns, ROWS, BLOCK)
-    gate = tl.load(GATE + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(UP + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    y, _ = activated(gate, ACTIVATION)
-    tl.store(Y + row * columns + column, (y * up).to(Y.dtype.element_ty), mask=inside)
+    y, _ = activated(load(gate, row, column, inside), ACTIVATION)
+    store(Y, y * load(up, row, column, inside), row, column, columns, inside)
 
 
 @triton.jit
 def gated_backward_kernel(
-    DY,
-    GATE,
-    UP,
-    DGATE,
-    DUP,
-    rows,
-    columns,
-    dy_stride,
-    gate_stride,
-    up_stride,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy, gate, up, DGATE, DUP, rows, columns, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, column, inside = tile(rows, columns, ROWS, BLOCK)
-    dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(GATE + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(UP + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    y, slope = activated(gate, ACTIVATION)
-    tl.store(DGATE + row * columns + column, (dy * up * slope).to(DGATE.dtype.element_ty), mask=inside)
-    tl.store(DUP + row * columns + column, (dy * y).to(DUP.dtype.element_ty), mask=inside)
+    d = load(dy, row, column, inside)
+    y, slope = activated(load(gate, row, column, inside), ACTIVATION)
+    store(DGATE, d * load(up, row, column, inside) * slope, row, column, columns, inside)
+    store(DUP, d * y, row, column, columns, inside)
 
 
 @triton.jit
-def activate_kernel(
-    X, BIAS, Y, rows, columns, stride, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def activate_kernel(x, BIAS, Y, rows, columns, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, column, inside = tile(rows, columns, ROWS, BLOCK)
-    x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    if BIAS is not None:
-        x += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
-    y, _ = activated(x, ACTIVATION)
-    tl.store(Y + row * columns + column, y.to(Y.dtype.element_ty), mask=inside)
+    y, _ = activated(load_biased(x, BIAS, row, column, columns, inside), ACTIVATION)
+    store(Y, y, row, column, columns, inside)
 
 
 @triton.jit
 def activate_backward_kernel(
-    DY,
-    X,
+    dy,
+    x,
     BIAS,
     DX,
     PARTIAL,
     rows,
     columns,
-    dy_stride,
-    stride,
     ACTIVATION: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -117,13 +110,9 @@ def activate_backward_kernel(
 ):
     """PARTIAL (tiles of rows, columns): the sum of dx over the rows of each tile."""
     row, column, inside = tile(rows, columns, ROWS, BLOCK)
-    dy = tl.load(DY + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(X + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    if BIAS is not None:
-        x += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
-    _, slope = activated(x, ACTIVATION)
-    dx = dy * slope
-    tl.store(DX + row * columns + column, dx.to(DX.dtype.element_ty), mask=inside)
+    _, slope = activated(load_biased(x, BIAS, row, column, columns, inside), ACTIVATION)
+    dx = load(dy, row, column, inside) * slope
+    store(DX, dx, row, column, columns, inside)
     if BIAS_GRADIENT:
         first = (tl.program_id(0) // tl.cdiv(columns, BLOCK)).to(tl.int64)
         total = tl.sum(tl.where(inside, dx, 0.0), 0, keep_dims=True)
@@ -142,10 +131,8 @@ def _run(kernel, tensors, results, activation, **constants):
     rows, columns = tensors[0].shape
     tile = launch.tile(kernel, tensors[0].device, columns)
     programs = triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, tile["BLOCK"])
-    strides = [t.stride(0) for t in tensors if t is not None and t.dim() == 2]  # a bias has none
-    launch.run(
-        kernel, programs, *tensors, *results, rows, columns, *strides, ACTIVATION=activation, **constants, **tile
-    )
+    matrices = [t if t is None or t.dim() == 1 else Matrix(t, t.stride(0)) for t in tensors]  # a bias has one row
+    launch.run(kernel, programs, *matrices, *results, rows, columns, ACTIVATION=activation, **constants, **tile)
 
 
 def activation_of(hidden, activation, gradient=None):

@@ -48,11 +48,20 @@ def tile(kernel, device: torch.device, size: int = 0) -> dict:
     return next(tile for limit, tile in rows if limit is None or size <= limit)
 
 
+def _tensors(arguments):
+    """Those of nested tuples, in order."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
+
+
 def run(kernel, programs: int, *arguments, **constants):
     """Starts `programs` programs of a kernel, on the device of its first tensor; returns the compiled kernel."""
     if programs == 0:
         return None
-    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    device = next(_tensors(arguments)).device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 

@@ -4,7 +4,8 @@ tile, the largest logit of every row and the sum of the exponentials above it, a
 With gradients it also leaves the exponentials, relative to their tile's largest, in the input's dtype and for a chunk
 of rows at a time; one pass turns them into the logits' gradient in place, and that gradient's products follow with what
 needs one, so that a frozen head takes two products (the exponentials in the epilogue are QuACK's idea, the gradient in
-the forward Liger-Kernel's). With softcap, whose slope needs them, it is the chunk's logits that are kept, in fp32.
+the forward Liger-Kernel's). With softcap the exponentials are kept times its slope; label smoothing beside it, whose
+gradient has the slope without them, keeps the slopes too.
 
 Rows that count come first (a stable sort, so that the order is always the same), and the products stop at their number,
 which only the GPU knows.
@@ -16,7 +17,7 @@ import triton.language as tl
 
 from pyfast.kernels import launch
 from pyfast.kernels.cross_entropy import softcapped
-from pyfast.kernels.lora import adapter_gradients, matmul
+from pyfast.kernels.lora import adapter_gradients, low_rank_product, matmul
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def exponentials_kernel(
     CLASS_WEIGHT,
     LIMIT,
     KEPT,
+    SLOPE,
     MAXIMUM,
     TOTAL,
     BELOW,
@@ -52,9 +54,9 @@ def exponentials_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """X (rows, k), H (rows, rank), KEPT (rows, classes), and MAXIMUM, TOTAL, BELOW (tiles of classes, rows): the
-    largest logit, the sum of exp(logit - largest), and that of class weight * (logit - largest). Rows from LIMIT on are
-    not computed."""
+    """X (rows, k), H (rows, rank); MAXIMUM, TOTAL, BELOW (tiles of classes, rows): the largest logit, the sum of
+    exp(logit - largest), and that of class weight * (logit - largest); KEPT, SLOPE (rows, classes): exp(logit -
+    largest) times softcap's slope, and that slope. Rows from LIMIT on are not computed."""
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tile_m, tile_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m  # neighbours share a part of WEIGHT
     if tile_m * BLOCK_M >= tl.load(LIMIT):
@@ -71,14 +73,10 @@ def exponentials_kernel(
         logits = tl.dot(x, w, logits, input_precision="ieee")
     logits *= logit_scale
     if H is not None:
-        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, rank, BLOCK_R):
-            across = start + tl.arange(0, BLOCK_R)[None, :]
-            down = start + tl.arange(0, BLOCK_R)[:, None]
-            h = tl.load(H + row * rank + across, mask=(row < rows) & (across < rank), other=0.0)
-            b = LORA_B + down * lora_stride_r + column * lora_stride_n
-            b = tl.load(b, mask=(down < rank) & (column < classes), other=0.0)
-            product = tl.dot(h.to(X.dtype.element_ty), b, product, input_precision="ieee")
+        product = low_rank_product(
+            H, LORA_B, row, column, rows, classes, rank, rank, lora_stride_r, lora_stride_n, X.dtype.element_ty,
+            BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
         logits += product * scaling
     if BIAS is not None:
         logits += tl.load(BIAS + column, mask=column < classes, other=0.0)
@@ -103,14 +101,19 @@ def exponentials_kernel(
         below = tl.sum(tl.where(inside, weight * (logits - shift), 0.0), 1, keep_dims=True)
         tl.store(BELOW + at, below, mask=row < rows)
     if KEPT is not None:
-        kept = logits if SOFTCAP else e
-        tl.store(KEPT + row * classes + column, kept.to(KEPT.dtype.element_ty), mask=(row < rows) & inside)
+        inside = (row < rows) & inside
+        if SOFTCAP:
+            slope = (1 - logits / softcap) * (1 + logits / softcap)
+            e *= slope
+            if SMOOTHING:
+                tl.store(SLOPE + row * classes + column, slope.to(SLOPE.dtype.element_ty), mask=inside)
+        tl.store(KEPT + row * classes + column, e.to(KEPT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def logits_gradient_kernel(
-    KEPT,
     D,
+    SLOPE,
     TARGET,
     CLASS_WEIGHT,
     TILE_MAXIMUM,
@@ -122,13 +125,11 @@ def logits_gradient_kernel(
     classes,
     tile_columns,
     ignore_index,
-    softcap,
     SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """D (rows, classes), which may be KEPT itself: factor * exp(logit - maximum) - soft * class weight, but D_TARGET at
-    the target, times softcap's slope. Zeros in ignored rows."""
+    """D (rows, classes) holds exp(logit - its tile's maximum) * slope, and is overwritten with (factor * exp(logit -
+    maximum) - soft * class weight) * slope, but D_TARGET at the target. Zeros in ignored rows."""
     blocks = tl.cdiv(classes, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -139,21 +140,17 @@ def logits_gradient_kernel(
         tl.store(D, tl.zeros([BLOCK], D.dtype.element_ty), mask=inside)
         return
     maximum = tl.load(MAXIMUM + row)
-    kept = tl.load(KEPT + row * classes + column, mask=inside, other=0.0).to(tl.float32)
-    slope = 1.0
-    if SOFTCAP:
-        slope = (1 - kept / softcap) * (1 + kept / softcap)
-        e = tl.exp(kept - maximum)
-    else:
-        at = (column // tile_columns).to(tl.int64) * rows + row
-        e = kept * tl.exp(tl.load(TILE_MAXIMUM + at, mask=inside, other=0.0) - maximum)
-    d = tl.load(FACTOR + row) * e
+    e = tl.load(D, mask=inside, other=0.0).to(tl.float32)
+    at = (column // tile_columns).to(tl.int64) * rows + row
+    d = tl.load(FACTOR + row) * (e * tl.exp(tl.load(TILE_MAXIMUM + at, mask=inside, other=0.0) - maximum))
     if SMOOTHING:
-        weight = 1.0
+        soft = tl.load(SOFT + row)
         if CLASS_WEIGHT is not None:
-            weight = tl.load(CLASS_WEIGHT + column, mask=inside, other=0.0)
-        d -= tl.load(SOFT + row) * weight
-    d = tl.where(column == target, tl.load(D_TARGET + row), d) * slope
+            soft *= tl.load(CLASS_WEIGHT + column, mask=inside, other=0.0)
+        if SLOPE is not None:
+            soft *= tl.load(SLOPE + row * classes + column, mask=inside, other=0.0).to(tl.float32)
+        d -= soft
+    d = tl.where(column == target, tl.load(D_TARGET + row), d)
     tl.store(D, d.to(D.dtype.element_ty), mask=inside)
 
 
@@ -169,9 +166,9 @@ class _Chunk:
         tile = launch.tile(exponentials_kernel, x.device, self.classes)
         self.tile_columns = tile["BLOCK_N"]
         tiles = triton.cdiv(self.classes, self.tile_columns)
-        self.kept = None
-        if gradient:
-            self.kept = x.new_empty((rows, self.classes), dtype=x.dtype if self.softcap is None else torch.float32)
+        self.kept = x.new_empty((rows, self.classes)) if gradient else None
+        slopes = gradient and self.softcap is not None and self.smoothing > 0
+        self.slope = torch.empty_like(self.kept) if slopes else None
         self.tile_maximum, total = (x.new_empty((tiles, rows), dtype=torch.float32) for _ in range(2))
         below = torch.empty_like(total) if self.smoothing > 0 else None
         self.target_logit = x.new_full((rows,), torch.nan, dtype=torch.float32)  # stays so for a target out of range
@@ -187,6 +184,7 @@ class _Chunk:
             weight,
             limit,
             self.kept,
+            self.slope,
             self.tile_maximum,
             total,
             below,
@@ -226,21 +224,23 @@ class _Chunk:
         self.ignored = target == self.ignore_index
         self.loss, self.lse = (t.masked_fill(self.ignored, 0) for t in (loss, self.lse))
 
-    def logits_gradient(self, upstream, dtype):
-        """(rows, classes) for upstream (rows, 2), in `dtype`; without softcap in the place of the exponentials."""
+    def logits_gradient(self, upstream):
+        """(rows, classes) for upstream (rows, 2), in the place of the exponentials."""
         hard = upstream[:, 0] * (1 - self.smoothing) * self.target_weight
         soft = upstream[:, 0] * (self.smoothing / self.classes)
         square = 2 * upstream[:, 1] * self.lse + 0 * self.target_logit  # NaN for a target out of range
         p = torch.exp(self.target_logit - self.maximum).double() / self.total
         d_target = hard * (p - 1) + square * p + soft * (self.weights * p - self.target_weight)
+        if self.softcap is not None:
+            d_target *= 1 - (self.target_logit.double() / self.softcap) ** 2
         factor = (hard + soft * self.weights + square) / self.total
-        d = self.kept if self.softcap is None else torch.empty_like(self.kept, dtype=dtype)
+        d = self.kept
         tile = launch.tile(logits_gradient_kernel, d.device, self.classes)
         launch.run(
             logits_gradient_kernel,
             len(d) * triton.cdiv(self.classes, tile["BLOCK"]),
-            self.kept,
             d,
+            self.slope,
             self.target,
             self.weight,
             self.tile_maximum,
@@ -251,9 +251,7 @@ class _Chunk:
             *d.shape,
             self.tile_columns,
             self.ignore_index,
-            float(self.softcap or 1.0),
             SMOOTHING=self.smoothing > 0,
-            SOFTCAP=self.softcap is not None,
             **tile,
         )
         return d
@@ -283,7 +281,8 @@ def linear_cross_entropy(
     counted = rows - ignored.sum()
     bias = None if linear_bias is None else linear_bias.float() * logit_scale
     options = (ignore_index, label_smoothing, softcap)
-    chunk_rows = max(16, logits_bytes // ((4 if softcap is not None else input.element_size()) * classes))
+    kept = 2 if softcap is not None and label_smoothing > 0 else 1  # of each logit, numbers in the input's dtype
+    chunk_rows = max(16, logits_bytes // (kept * input.element_size() * classes))
     for begin in range(0, rows, chunk_rows):
         at = order[begin : begin + chunk_rows]
         limit = (counted - begin).clamp(0)
@@ -296,7 +295,7 @@ def linear_cross_entropy(
         loss[at], lse[at] = chunk.loss, chunk.lse
         if upstream is None:
             continue
-        d = chunk.logits_gradient(upstream[at], x.dtype)
+        d = chunk.logits_gradient(upstream[at])
         if need_weight:
             matmul(d.T, x, torch.float32, out=dweight, add=dweight, alpha=logit_scale)
         need_low, adapter = lora_A is not None and (need_x or need_A), None

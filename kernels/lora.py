@@ -5,8 +5,8 @@
 in which the adapter's product U V rides in the epilogue of the large one, and dropout, replayed from its seed, acts on
 A (x, before lora_A) or on U V (in dx). A gradient of an adapter sums over all rows into a small matrix: there the sum
 is split, each part goes to its own place, and torch adds the parts in a fixed order. What an adapter and a bias need of
-dy, dy lora_B, dyᵀ h and the sum of its rows, is one pass over it; without dropout, the projections of one x share one
-product with it forward (with every lora_A) and one backward (for the gradient of every lora_A).
+dy, dy lora_B, dyᵀ h and the sum of its rows, is one pass over it; the projections of one x share one product with it
+forward (with every lora_A) and one backward (for the gradient of every lora_A), each with a dropout mask of its own.
 """
 
 import torch
@@ -16,6 +16,34 @@ import triton.language as tl
 from pyfast.kernels import launch
 from pyfast.kernels.activation import activation_of
 from pyfast.kernels.philox import kept, threshold
+
+
+@triton.jit
+def low_rank_product(
+    U,
+    V,
+    row,
+    column,
+    m,
+    n,
+    rank,
+    u_stride_m,
+    v_stride_r,
+    v_stride_n,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The tile of rows (M, 1) and columns (1, N) of U (m, rank), of unit stride in rank, times V (rank, n)."""
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, rank, BLOCK_R):
+        across = start + tl.arange(0, BLOCK_R)[None, :]
+        down = start + tl.arange(0, BLOCK_R)[:, None]
+        u = tl.load(U + row * u_stride_m + across, mask=(row < m) & (across < rank), other=0.0)
+        v = tl.load(V + down * v_stride_r + column * v_stride_n, mask=(down < rank) & (column < n), other=0.0)
+        product = tl.dot(u.to(DTYPE), v.to(DTYPE), product, input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -45,6 +73,7 @@ def matmul_kernel(
     v_stride_n,
     alpha,
     scale,
+    seed_stride,
     dropout_threshold,
     dropout_stride_m,
     dropout_stride_k,
@@ -56,8 +85,8 @@ def matmul_kernel(
     GROUP: tl.constexpr,
 ):
     """A (m, k), B (k, n), U (m, rank), V (rank, n); C and ADD (m, n) have unit strides in n. The index of an element
-    for dropout is row * dropout_stride_m + column * dropout_stride_k, of A with DROP_A, else of C. Rows from LIMIT on
-    are not computed."""
+    for dropout is row * dropout_stride_m + column * dropout_stride_k, of A with DROP_A, else of C; the tiles of columns
+    have seeds seed_stride apart. Rows from LIMIT on are not computed."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     split, program = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
     # GROUP tiles of rows at a time, so that programs that run together read the same parts of A and B
@@ -71,6 +100,8 @@ def matmul_kernel(
     row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
     column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
     end = tl.minimum(k, (split + 1) * k_per_split)
+    if SEED is not None:
+        seed = tl.load(SEED + tile_n * seed_stride)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(split * k_per_split, end, BLOCK_K):
         across = (start + tl.arange(0, BLOCK_K)[None, :]).to(tl.int64)
@@ -79,25 +110,21 @@ def matmul_kernel(
         b = tl.load(B + down * b_stride_k + column * b_stride_n, mask=(down < end) & (column < n), other=0.0)
         if DROP_A:
             index = row * dropout_stride_m + across * dropout_stride_k
-            a = tl.where(kept(tl.load(SEED), index, dropout_threshold), a, 0.0)
+            a = tl.where(kept(seed, index, dropout_threshold), a, 0.0)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
     acc *= alpha
     inside = (row < m) & (column < n)
     if BIAS is not None:
         acc += tl.load(BIAS + column, mask=column < n, other=0.0).to(tl.float32)
     if U is not None:
-        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, rank, BLOCK_R):
-            across = start + tl.arange(0, BLOCK_R)[None, :]
-            down = start + tl.arange(0, BLOCK_R)[:, None]
-            u = tl.load(U + row * u_stride_m + across, mask=(row < m) & (across < rank), other=0.0)
-            v = tl.load(V + down * v_stride_r + column * v_stride_n, mask=(down < rank) & (column < n), other=0.0)
-            u, v = u.to(A.dtype.element_ty), v.to(A.dtype.element_ty)
-            product = tl.dot(u, v, product, input_precision="ieee")
+        product = low_rank_product(
+            U, V, row, column, m, n, rank, u_stride_m, v_stride_r, v_stride_n, A.dtype.element_ty,
+            BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
         product *= scale
         if SEED is not None and not DROP_A:
             index = row * dropout_stride_m + column * dropout_stride_k
-            product = tl.where(kept(tl.load(SEED), index, dropout_threshold), product, 0.0)
+            product = tl.where(kept(seed, index, dropout_threshold), product, 0.0)
         acc += product
     if ADD is not None:
         acc += tl.load(ADD + row * n + column, mask=inside, other=0.0)
@@ -119,19 +146,20 @@ def matmul(
     drop_a=False,
     split=False,
     limit=None,
+    size=None,
 ):
     """alpha · a b + bias + scale · u v + add, (m, n) in `dtype`.
 
-    a (m, k), b (k, n): any strides. adapter: (u (m, rank) fp32 of unit stride, v (rank, n), scale). dropout: (seed, p,
-    strides of the logical index by row and column), of a with drop_a, else of the adapter's product; the kept elements
-    are scaled by 1 / (1 - p). split: whether the sum over k may be cut into parts. limit: a 0-dim tensor; tiles of rows
-    from there on are left as they were.
+    a (m, k), b (k, n): any strides. adapter: (u (m, rank) fp32 of unit stride, v (rank, n), scale). dropout: (seed, or
+    one per tile of columns, p, strides of the logical index by row and column), of a with drop_a, else of the adapter's
+    product; the kept elements are scaled by 1 / (1 - p). split: whether the sum over k may be cut into parts. limit: a
+    0-dim tensor; tiles of rows from there on are left as they were. size: the problem's in the tile table, n otherwise.
     """
     (m, k), n = a.shape, b.shape[1]
     u, v, scale = adapter or (None, None, 0.0)
     seed, p, strides = dropout or (None, 0.0, (0, 0))
     rank = 0 if u is None else u.shape[1]
-    tile = dict(launch.tile(matmul_kernel, a.device, n))
+    tile = dict(launch.tile(matmul_kernel, a.device, size or n))
     splits = min(tile.pop("SPLITS"), max(1, triton.cdiv(k, tile["BLOCK_K"]))) if split else 1
     k_per_split = triton.cdiv(triton.cdiv(k, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
     tile.pop("SPLITS", None)
@@ -164,6 +192,7 @@ def matmul(
         *((0, 0) if v is None else v.stride()),
         float(alpha * (kept_scale if drop_a else 1)),
         float(scale * (1 if drop_a else kept_scale)),
+        int(seed is not None and seed.dim() > 0),
         threshold(p),
         *strides,
         DROP_A=drop_a and seed is not None,
@@ -268,37 +297,44 @@ def _projections(weight, lora_A, lora_B, scaling, bias, seed):
     return list(zip(weight, lora_A, lora_B, scaling, bias, seed, strict=True))
 
 
+def _joint_product(a, parts, dropout_p, seeds, strides, split=False):
+    """a (m, k) times each of the parts (k, r), side by side in fp32, in one pass over a, which has a dropout mask of
+    its own in each; strides: of the logical index of a's elements."""
+    widths = [part.shape[1] for part in parts]
+    if dropout_p == 0:
+        return matmul(a, parts[0] if len(parts) == 1 else torch.cat(parts, 1), torch.float32, split=split)
+    # whole tiles of columns for every part: a tile has one seed
+    block = launch.tile(matmul_kernel, a.device, max(widths))["BLOCK_N"]
+    tiles = [triton.cdiv(width, block) for width in widths]
+    padded = [torch.nn.functional.pad(p, (0, t * block - p.shape[1])) for p, t in zip(parts, tiles, strict=True)]
+    seed = torch.stack([seed for seed, t in zip(seeds, tiles, strict=True) for _ in range(t)])
+    options = {"dropout": (seed, dropout_p, strides), "drop_a": True, "split": split, "size": max(widths)}
+    product = matmul(a, torch.cat(padded, 1), torch.float32, **options).split([t * block for t in tiles], 1)
+    return torch.cat([part[:, :width] for part, width in zip(product, widths, strict=True)], 1)
+
+
 def _forward(x, projections, dropout_p):
     """(results, h) of lora_linears."""
-    adapters = [p[1] for p in projections if p[1] is not None]
-    if adapters and dropout_p == 0:
-        h = matmul(x, adapters[0].T if len(adapters) == 1 else torch.cat(adapters).T, torch.float32)
-    else:
-        h = x.new_empty((len(x), sum(map(len, adapters))), dtype=torch.float32)
+    adapters = [p for p in projections if p[1] is not None]
+    h = x.new_empty((len(x), 0), dtype=torch.float32)
+    if adapters:
+        h = _joint_product(x, [p[1].T for p in adapters], dropout_p, [p[-1] for p in adapters], (x.shape[1], 1))
     parts, results = h.split([0 if p[1] is None else len(p[1]) for p in projections], 1), []
-    for (weight, lora_A, lora_B, scaling, bias, seed), part in zip(projections, parts, strict=True):
-        adapter = None
-        if lora_A is not None:
-            if dropout_p > 0:
-                dropout = (seed, dropout_p, (x.shape[1], 1))
-                matmul(x, lora_A.T, torch.float32, out=part, dropout=dropout, drop_a=True)
-            adapter = (part, lora_B.T, scaling)
+    for (weight, lora_A, lora_B, scaling, bias, _), part in zip(projections, parts, strict=True):
+        adapter = None if lora_A is None else (part, lora_B.T, scaling)
         results.append(matmul(x, weight.T, x.dtype, bias=bias, adapter=adapter))
     return results, h
 
 
 def _gradients_of_A(x, lows, projections, dropout_p, needed):
     """Of each projection, xᵀ dy lora_B (K, r) fp32 from `lows`, its dy lora_B; None where not needed."""
-    if dropout_p == 0 and any(needed):
-        present = [low for low in lows if low is not None]
-        joined = matmul(x.T, present[0] if len(present) == 1 else torch.cat(present, 1), torch.float32, split=True)
-        return joined.split([0 if low is None else low.shape[1] for low in lows], 1)
-    found = []
-    for low, projection, need in zip(lows, projections, needed, strict=True):
-        dropout = (projection[-1], dropout_p, (1, x.shape[1])) if need else None
-        options = {"dropout": dropout, "drop_a": True, "split": True}
-        found.append(matmul(x.T, low, torch.float32, **options) if need else None)
-    return found
+    if not any(needed):
+        return [None] * len(needed)
+    chosen = [i for i, need in enumerate(needed) if need]
+    parts, seeds = [lows[i] for i in chosen], [projections[i][-1] for i in chosen]
+    joint = _joint_product(x.T, parts, dropout_p, seeds, (1, x.shape[1]), split=True)
+    found = iter(joint.split([part.shape[1] for part in parts], 1))
+    return [next(found) if need else None for need in needed]
 
 
 def _backward(dy, x, h, projections, dropout_p, wanted):

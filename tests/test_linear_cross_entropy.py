@@ -218,10 +218,12 @@ def test_any_strides(kernel, dtype):
     check_rule([x, head, target[:, 1:]], options, kernel)
 
 
-def test_magnitudes(kernel, dtype):
-    """Rows where one class takes all."""
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_magnitudes(kernel, dtype, softcap):
+    """Rows where one class takes all, and the exponentials of others, whose smoothing has a gradient, underflow."""
     (x, head, target), _ = inputs(60, 72, 301, dtype)
-    check_rule([(x.detach() * 20).requires_grad_(), head, target], {"label_smoothing": 0.1}, kernel)
+    options = {"label_smoothing": 0.1, "softcap": softcap}
+    check_rule([(x.detach() * 20).requires_grad_(), head, target], options, kernel)
 
 
 @pytest.mark.parametrize("name", ["all", "all_none"])

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import calls
 import pytest
 import torch
+from calls import batched, cu_k, cu_q, kv, packed, packed_kv, packed_q, q, seed, target, x
 from harness import run
 
 import pyfast
@@ -18,15 +20,8 @@ from pyfast.ops import (
     swiglu,
 )
 
-x, target = torch.randn(5, 40)[:, :33], torch.tensor([3, 32, 2, 0, -100])
-q, kv = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16)
-seed, cu_q, cu_k = torch.tensor(3), torch.tensor([0, 4, 9]), torch.tensor([0, 7, 12])
-packed_q, packed_kv = torch.randn(9, 4, 16), torch.randn(12, 2, 16)
-batched = (torch.randn(4), torch.rand(1, 12) < 0.7, torch.randn(1, 1, 9, 12), seed, None, None, 0, 0.3, 5.0, 6, 0, 0.2)
-packed = (None, None, None, None, cu_q, cu_k, 7, 0.3, 0.0, -1, 0, 0.0)
 hidden, head, bias, A, B = torch.randn(5, 6), torch.randn(33, 6), torch.randn(33), torch.randn(2, 6), torch.randn(33, 2)
 upstream, numbers = torch.rand(5, 2, dtype=torch.float64), (0.5, -100, 0.1, 2.0, 0.5, 1000)
-sums, packed_sums = torch.randn(1, 4, 9), torch.randn(4, 9)
 rows, wide = torch.randn(5, 9), torch.randn(7, 9)
 # two projections, of which one has an adapter and a bias, and the one that leads down in an MLP
 lora = ([wide, wide], [torch.randn(3, 9), None], [torch.randn(7, 3), None], [2.0, 1.0], [torch.randn(7), None])
@@ -37,7 +32,7 @@ products, h = [torch.randn(5, 7)] * 2, torch.randn(5, 3)
 wanted = [True, False, True, True, True, True, False, False, False]
 
 #: schema -> arguments of a few calls
-CALLS = {
+CALLS = calls.CALLS | {
     "lora_linears": [(rows, *lora, *dropping)],
     "lora_linears_backward": [(products, rows, h, *lora, *dropping, wanted)],
     "lora_mlp": [(rows, *mlp)],
@@ -51,19 +46,10 @@ CALLS = {
     "quantized_linear": [
         (rows.half(), None, torch.randint(256, (7, 9)).byte(), torch.ones(7), [0.5] * 256, 7, 9, 1, 9),
     ],
-    "cross_entropy": [
-        (x, target, None, None, -100, 0.0, None),
-        (x, target, torch.rand(33), torch.rand(5, 2, dtype=torch.float64), -100, 0.1, 2.0),
-    ],
     "linear_cross_entropy": [
         (hidden, head, None, None, None, target, None, None, *numbers, [True] * 5),
         (hidden, head, bias, A, B, target, torch.rand(33), upstream, *numbers, [True] * 5),
         (hidden, head, None, A, B, target, None, upstream, *numbers, [True, False, True, False, True]),
-    ],
-    "attention": [(q, kv, kv, *batched), (packed_q, packed_kv, packed_kv, *packed)],
-    "attention_backward": [
-        (q, sums, q, kv, kv, q, sums, sums, *batched, True),
-        (packed_q, None, packed_q, packed_kv, packed_kv, packed_q, packed_sums, packed_sums, *packed, False),
     ],
 }
 

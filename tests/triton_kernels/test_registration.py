@@ -1,7 +1,9 @@
 """The Triton kernels behind the public ops: chosen only where they should be, and understood by torch.compile."""
 
+import calls
 import pytest
 import torch
+from calls import seed, x
 from harness import run
 from torch.utils._pytree import tree_map_only
 
@@ -9,16 +11,8 @@ import pyfast
 from pyfast import dispatch
 from pyfast.ops import swiglu
 
-x, up, bias, rstd = torch.randn(5, 40)[:, :33], torch.randn(5, 33), torch.randn(33), torch.rand(5)
-target = torch.tensor([3, 32, 2, 0, -100])
+up, bias, rstd = torch.randn(5, 33), torch.randn(33), torch.rand(5)
 heads, angles = torch.randn(2, 4, 7, 20), torch.randn(2, 7, 18)
-
-q, kv = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 12, 16)
-seed, cu_q, cu_k = torch.tensor(3), torch.tensor([0, 4, 9]), torch.tensor([0, 7, 12])
-packed_q, packed_kv = torch.randn(9, 4, 16), torch.randn(12, 2, 16)
-batched = (torch.randn(4), torch.rand(1, 12) < 0.7, torch.randn(1, 1, 9, 12), seed, None, None, 0, 0.3, 5.0, 6, 0, 0.2)
-packed = (None, None, None, None, cu_q, cu_k, 7, 0.3, 0.0, -1, 0, 0.0)
-sums, packed_sums = torch.randn(1, 4, 9), torch.randn(4, 9)
 w, a, b = torch.randn(2, 20, 33), torch.randn(2, 3, 33), torch.randn(2, 20, 3)
 projections = ([*w], [*a], [*b], [2.0, 0.5], [bias[:20], None], 0.3, [seed, seed])
 down = torch.randn(33, 20), torch.randn(5, 20), torch.randn(33, 5)
@@ -27,24 +21,15 @@ rows, head, row_target = torch.randn(7, 33), torch.randn(20, 33), torch.tensor([
 hidden = [torch.randn(7, 20), torch.randn(7, 20)]
 
 #: schema -> arguments of a few calls
-CALLS = {
+CALLS = calls.CALLS | {
     "gated": [(x, up, "silu"), (up, up, "gelu")],
     "gated_backward": [(up, x, up, "gelu_tanh"), (up, up, up, "relu")],
     "activate": [(x, bias, "gelu")],
     "activate_backward": [(up, x, bias, "gelu", True), (up, x, bias, "gelu", False)],
-    "cross_entropy": [
-        (x, target, None, None, -100, 0.0, None),
-        (x, target, bias, torch.rand(5, 2, dtype=torch.float64), -100, 0.1, 2.0),
-    ],
     "norm": [(x, None, None, None, 1e-5, 0.5, False), (x, bias, torch.randn(5, 33), up, 1e-5, 0.0, True)],
     "norm_backward": [
         (up, None, x, torch.empty(0), rstd, bias, None, 0.5, False, True, False),
         (up, x, x, rstd, rstd, torch.randn(5, 33), bias, 0.0, True, True, True),
-    ],
-    "attention": [(q, kv, kv, *batched), (packed_q, packed_kv, packed_kv, *packed)],
-    "attention_backward": [
-        (q, sums, q, kv, kv, q, sums, sums, *batched, True),
-        (packed_q, None, packed_q, packed_kv, packed_kv, packed_q, packed_sums, packed_sums, *packed, False),
     ],
     "dequantize": [(torch.randint(256, (40, 1), dtype=torch.uint8), torch.rand(5), [0.5] * 16, 1, 80, 1, 16, x.dtype)],
     "dropout": [(x, seed, 0.3)],
