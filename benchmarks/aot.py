@@ -31,7 +31,8 @@ from .launches import CASES, MATRIX, classes
 #: name -> (target, dtype of the inputs, shared memory per program in bytes, registers per SM, threads per SM)
 TARGETS = {
     "sm_75": (GPUTarget("cuda", 75, 32), torch.float16, 64 * 1024, 65536, 1024),
-    "sm_80": (GPUTarget("cuda", 80, 32), torch.bfloat16, 163 * 1024, 65536, 2048),
+    # an A100 has 163 KB of shared memory; sm_86, sm_89 and sm_120, which take the same tiles, have 99
+    "sm_80": (GPUTarget("cuda", 80, 32), torch.bfloat16, 99 * 1024, 65536, 2048),
     "sm_90": (GPUTarget("cuda", 90, 32), torch.bfloat16, 227 * 1024, 65536, 2048),
     "sm_100": (GPUTarget("cuda", 100, 32), torch.bfloat16, 227 * 1024, 65536, 2048),
     "gfx942": (GPUTarget("hip", "gfx942", 64), torch.bfloat16, 64 * 1024, 131072, 2048),
@@ -84,7 +85,7 @@ def compile_row(job: tuple[str, str, str, int]) -> dict:
     rows = []
 
     def compile_instead(kernel, programs, *arguments, **constants):
-        if kernel.__name__ != kernel_name:
+        if kernel.__name__ != kernel_name.split()[0]:
             return
         kernel.device_caches.clear()  # the target is another than the last one's
         signature = tree_map_only(torch.Tensor, lambda t: MockTensor(t.dtype), arguments)

@@ -115,24 +115,23 @@ def _attention(dim, dtype, packed=False, everything=False, backward=False):
     return launch.launchers()["attention"](q, k, v, *extra, *options)
 
 
-def _matmul(n, dtype, dx=False):
-    """A projection of 4096 columns with its adapter in the epilogue; with dx, its gradient with dropout replayed."""
+def _matmul(n, dtype):
+    """A projection of 4096 columns with its adapter in the epilogue."""
     from pyfast.kernels.lora import matmul
 
     x, weight = _randn(8192, 4096, dtype=dtype), _randn(n, 4096, dtype=dtype)
-    adapter = (_fp32(8192, 16), _randn(n, 16, dtype=dtype).T, 2.0)
-    if dx:
-        adapter = (_fp32(8192, 16), _randn(16, n, dtype=dtype), 2.0)
-        return matmul(x, _randn(4096, n, dtype=dtype), dtype, adapter=adapter, dropout=(_seed(), 0.1, (n, 1)))
-    return matmul(x, weight.T, dtype, adapter=adapter)
+    return matmul(x, weight.T, dtype, adapter=(_fp32(8192, 16), _randn(n, 16, dtype=dtype).T, 2.0))
 
 
-def _matmul_down(n, dtype):
-    """x lora_Aᵀ with dropout."""
+def _matmul_dropout(n, dtype):
+    """x lora_Aᵀ where there are few columns, else a projection's gradient by x, with dropout."""
     from pyfast.kernels.lora import matmul
 
-    x, weight = _randn(8192, 4096, dtype=dtype), _randn(n, 4096, dtype=dtype)
-    return matmul(x, weight.T, dtype, dropout=(_seed(), 0.1, (4096, 1)), drop_a=True)
+    x = _randn(8192, 4096, dtype=dtype)
+    if n <= 64:
+        return matmul(x, _randn(n, 4096, dtype=dtype).T, dtype, dropout=(_seed(), 0.1, (4096, 1)), drop_a=True)
+    adapter = (_fp32(8192, 16), _randn(16, n, dtype=dtype), 2.0)
+    return matmul(x, _randn(4096, n, dtype=dtype), dtype, adapter=adapter, dropout=(_seed(), 0.1, (n, 1)))
 
 
 def _adapter_gradients(rank, dtype):
@@ -201,11 +200,8 @@ CASES = {
         {"": _adapter_gradients},
         lambda rank: (2 * 2 * 8192 * 4096 * rank, 2 * (8192 * 4096 + 4096 * rank) + 8 * (8192 + 4096) * rank),
     ),
-    "matmul_kernel": Case(
-        4096,
-        {"y": _matmul, "dx with dropout": partial(_matmul, dx=True), "h with dropout": _matmul_down},
-        _matmul_work,
-    ),
+    "matmul_kernel": Case(4096, {"": _matmul}, _matmul_work),
+    "matmul_kernel with dropout": Case(4096, {"": _matmul_dropout}, _matmul_work),
     "attention_kernel": Case(128, _FORWARD, _attention_work(2, 2, 2)),
     "attention_dq_kernel": Case(128, _BACKWARD, _attention_work(3, 4, 2)),
     "attention_dkv_kernel": Case(128, _BACKWARD, _attention_work(4, 2, 4)),
@@ -219,6 +215,7 @@ MATRIX = {
     "attention_kernel",
     "exponentials_kernel",
     "matmul_kernel",
+    "matmul_kernel with dropout",
 }
 
 

@@ -41,9 +41,9 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def tile(kernel, device: torch.device, size: int = 0) -> dict:
-    """The tile of a kernel on a device for a problem of `size`, from kernels/tiles.py."""
-    table = TILES[kernel.__name__]
+def tile(kernel, device: torch.device, size: int = 0, variant: str = "") -> dict:
+    """The tile of a kernel, or of a variant of it, on a device for a problem of `size`, from kernels/tiles.py."""
+    table = TILES[f"{kernel.__name__} {variant}".rstrip()]
     rows = table.get(architecture(device), table["default"])
     return next(tile for limit, tile in rows if limit is None or size <= limit)
 

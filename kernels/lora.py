@@ -159,7 +159,7 @@ def matmul(
     u, v, scale = adapter or (None, None, 0.0)
     seed, p, strides = dropout or (None, 0.0, (0, 0))
     rank = 0 if u is None else u.shape[1]
-    tile = dict(launch.tile(matmul_kernel, a.device, size or n))
+    tile = dict(launch.tile(matmul_kernel, a.device, size or n, "with dropout" if dropout else ""))
     splits = min(tile.pop("SPLITS"), max(1, triton.cdiv(k, tile["BLOCK_K"]))) if split else 1
     k_per_split = triton.cdiv(triton.cdiv(k, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
     tile.pop("SPLITS", None)
@@ -304,7 +304,7 @@ def _joint_product(a, parts, dropout_p, seeds, strides, split=False):
     if dropout_p == 0:
         return matmul(a, parts[0] if len(parts) == 1 else torch.cat(parts, 1), torch.float32, split=split)
     # whole tiles of columns for every part: a tile has one seed
-    block = launch.tile(matmul_kernel, a.device, max(widths))["BLOCK_N"]
+    block = launch.tile(matmul_kernel, a.device, max(widths), "with dropout")["BLOCK_N"]
     tiles = [triton.cdiv(width, block) for width in widths]
     padded = [torch.nn.functional.pad(p, (0, t * block - p.shape[1])) for p, t in zip(parts, tiles, strict=True)]
     seed = torch.stack([seed for seed, t in zip(seeds, tiles, strict=True) for _ in range(t)])

@@ -1,4 +1,5 @@
-"""The tile of every kernel, as data: kernel -> architecture -> rows of (largest problem size, tile), first fit.
+"""The tile of every kernel, as data: kernel -> architecture -> rows of (largest problem size, tile), first fit. What
+follows a kernel's name is a variant of it with tiles of its own.
 
 Size is what the kernel's launcher passes to `launch.tile`; None is no limit. "default" serves every GPU without rows of
 its own; "interpreter" has small tiles, so that small tests cross many tile borders.
@@ -83,7 +84,7 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         "default": [  # guess
             (64, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}),
             (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}),
-            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}),
         ],
         "gfx942": [  # guess
             (64, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}),
@@ -96,7 +97,7 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         "default": [  # guess
             (64, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
             (128, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}),
-            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}),
         ],
         "gfx942": [  # guess
             (64, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
@@ -109,7 +110,7 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         "default": [  # guess
             (64, {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}),
             (128, {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}),
-            (None, {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}),
+            (None, {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}),
         ],
         "gfx942": [  # guess
             (64, {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}),
@@ -120,7 +121,7 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 32})],
         "default": [  # guess
             (128, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}),
-            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}),
         ],
         "gfx942": [  # guess
             (128, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
@@ -140,7 +141,7 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
         "interpreter": [(None, {"BLOCK_M": 64, "BLOCK_N": 64, "SPLITS": 2})],
         "default": [  # guess
             (32, {"BLOCK_M": 128, "BLOCK_N": 64, "SPLITS": 8, "num_warps": 4, "num_stages": 3}),
-            (None, {"BLOCK_M": 64, "BLOCK_N": 64, "SPLITS": 4, "num_warps": 4, "num_stages": 2}),
+            (None, {"BLOCK_M": 64, "BLOCK_N": 32, "SPLITS": 4, "num_warps": 4, "num_stages": 2}),
         ],
     },
     # columns of the product; SPLITS: at most so many parts of a sum over rows
@@ -185,6 +186,16 @@ TILES: dict[str, dict[str, list[tuple[int | None, dict[str, int]]]]] = {
             ),
         ],
     },
+}
+
+_matmul = TILES["matmul_kernel"]
+#: Philox takes registers: large tiles spill
+TILES["matmul_kernel with dropout"] = {
+    "interpreter": _matmul["interpreter"],
+    "default": [
+        *_matmul["default"][:-1],
+        (None, {**_matmul["default"][-1][1], "BLOCK_N": 64}),  # guess
+    ],
 }
 
 for _file in Path(__file__).parent.glob("tiles_*.json"):
