@@ -1,4 +1,10 @@
-"""Quantised weights in Triton: codes become levels times the scale of their block, rounded once."""
+"""Quantised weights in Triton: codes become levels times the scale of their block, rounded once.
+
+A weight is written out whole before the products that use it. In their operand's load every tile of 128 rows would do
+that again: compiled for sm_90, the loop of a 128 x 128 x 32 tile takes 554 instructions with nf4 (207 with 8-bit codes)
+where it takes 66 with a dense weight, some 30 more per element. At 8192 rows of a 4096 x 14336 weight that is 4 ms of
+instructions on an H100, where the dense product needs 1.2 ms and this kernel, which moves 2.6 bytes per element, 0.05.
+"""
 
 import functools
 
