@@ -20,15 +20,21 @@ def kernel():
 #: what takes the interpreter longest and crosses no border that other tests do not
 LONG = (
     "few-queries",
+    "one-query-two-heads",
+    "bfloat16-no-key-but-sink",
+    "bfloat16-short-and-long",
+    "test_deterministic_and_replayed[float32",
     "test_strides",
     "300-257-515-33",
     "2-32003",
     "test_mixed_dtypes",
     "test_many_chunks[float32",
     "test_many_chunks[bfloat16-1]",
+    "test_many_chunks[bfloat16-40000]",
     "test_upstream_gradient",
     "test_frozen_head",
     "True-shape4",
+    *(f"{p}-shape4" for p in (0.0, 0.1, 0.9)),
 )
 
 
