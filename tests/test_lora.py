@@ -140,6 +140,12 @@ def test_linears_many_rows(kernel, dtype, dropout_p):
     check(lora_linears, [x, p], {"dropout_p": dropout_p, "seeds": [3, 4, 5]}, *kernel)
 
 
+def test_large_weight():
+    """Its tiles, on AMX, are packed in two parts, forward and backward."""
+    x, p = drawn(16, 2112, dtype=torch.bfloat16), projection(4160, 2112, torch.bfloat16, rank=2)
+    check(linear, [x, p], backend="cpu")
+
+
 def test_linears_of_a_joined_weight(kernel, dtype):
     """Phi-3's gate_up: row slices of one weight and one lora_B, the same lora_A and seed twice."""
     x, joined = drawn(21, 40, dtype=dtype), projection(60, 40, dtype)

@@ -1,7 +1,8 @@
 // Products with weights and what LoRA adds to them, on AMX. The weight is packed into tiles once per call, by all
-// threads; a low-rank term is a few more columns of x and rows of the weight, so that it costs no pass over y. A task
-// is a block of 256 rows. For 256 columns and 512 of the depth at a time, x's part and the sums so far stay in L2 while
-// the weight passes by once, 32 columns of it staying in L1: tileloaddt1 keeps x's tiles out of their way.
+// threads, 16 MB at a time; a low-rank term is a few more columns of x and rows of the weight, so that it costs no pass
+// over y. A task is a block of 256 rows. For 256 columns and 512 of the depth at a time, x's part and the sums so far
+// stay in L2 while the weight passes by once, 32 columns of it staying in L1: tileloaddt1 keeps x's tiles out of their
+// way.
 //
 // oneDNN's GEMM serves everything else; benchmarks/NOTES.md compares the two.
 #include "cpu/linear.h"
@@ -20,12 +21,13 @@
 namespace pyfast::avx512 {
 namespace {
 
-constexpr int64_t kPair = 2 * kTile;  // rows and columns of sums in registers
-constexpr int64_t kRows = 256;        // of a task
-constexpr int64_t kColumns = 256;     // of a task's sums in L2
-constexpr int64_t kDepth = 16;        // tiles of the depth at a time
-constexpr int64_t kTasks = 64;        // or more, if there are so many blocks
-constexpr int64_t kFewestRows = 16;   // with fewer, packing the weight costs more than the faster product brings
+constexpr int64_t kPair = 2 * kTile;        // rows and columns of sums in registers
+constexpr int64_t kRows = 256;              // of a task
+constexpr int64_t kColumns = 256;           // of a task's sums in L2
+constexpr int64_t kDepth = 16;              // tiles of the depth at a time
+constexpr int64_t kTasks = 64;              // or more, if there are so many blocks
+constexpr int64_t kPackedBytes = 16 << 20;  // of the weight's tiles at a time, but kColumns at least
+constexpr int64_t kFewestRows = 16;         // with fewer, packing the weight costs more than the faster product brings
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -106,7 +108,7 @@ struct Epilogue {
 }  // namespace
 
 bool serves_linear(DType t, int64_t rows, int64_t depth, int64_t ldw) {
-  return t == DType::bf16 && current_isa() == Isa::amx && rows >= kFewestRows && depth % kTileDepth == 0 &&
+  return t == DType::bf16 && current_isa() == Isa::amx && rows >= kFewestRows && depth > 0 && depth % kTileDepth == 0 &&
          ldw % 2 == 0;
 }
 
@@ -129,86 +131,92 @@ void linear(const LinearTerm* terms, int64_t count, int64_t rows, int64_t column
   }
   const int64_t rank_tiles = blocks(r, kTileDepth), rank_size = rank_tiles * kTileSize;
   const int64_t column_size = (deep + rank_tiles) * kTileSize;  // elements of 16 columns' tiles
-  Scratch<bf16> packed(blocks(columns, kPair) * 2 * column_size);
-  parallel_for(blocks(columns, kPair), 1, [&](int64_t first, int64_t last) {
-    for (int64_t pair = first; pair < last; ++pair) {
-      bf16* out = packed + pair * 2 * column_size;
-      for (int64_t i = 0; i < count; out += terms[i++].depth / kTileDepth * kTileSize) {
-        if (terms[i].transposed) {
-          for (int64_t t = 0; t < 2; ++t)
-            pack_transposed(terms[i], pair * kPair + t * kTile, columns, out + t * column_size);
-        } else {
-          pack_straight(terms[i], pair * kPair, columns, out, column_size);
+  const int64_t most = kPackedBytes / int64_t(sizeof(bf16)) / (column_size / kTile) / kColumns * kColumns;
+  const int64_t chunk = std::min(std::max(most, kColumns), blocks(columns, kPair) * kPair);
+  Scratch<bf16> packed(chunk / kTile * column_size);
+  for (int64_t from = 0; from < columns; from += chunk) {
+    const int64_t to = std::min(columns, from + chunk);
+    parallel_for(blocks(to - from, kPair), 1, [&](int64_t first, int64_t last) {
+      for (int64_t pair = first; pair < last; ++pair) {
+        const int64_t column = from + pair * kPair;
+        bf16* out = packed + pair * 2 * column_size;
+        for (int64_t i = 0; i < count; out += terms[i++].depth / kTileDepth * kTileSize) {
+          if (terms[i].transposed) {
+            for (int64_t t = 0; t < 2; ++t)
+              pack_transposed(terms[i], column + t * kTile, columns, out + t * column_size);
+          } else {
+            pack_straight(terms[i], column, columns, out, column_size);
+          }
         }
+        pack_low_rank(b, r, padded(columns), column, out, column_size);
       }
-      pack_low_rank(b, r, padded(columns), pair * kPair, out, column_size);
-    }
-  });
+    });
 
-  const int64_t tall = blocks(rows, kRows), wide = blocks(columns, kColumns);
-  // all columns are one task where that makes tasks enough
-  const int64_t together = std::clamp<int64_t>(tall * wide / kTasks, 1, wide), across = blocks(wide, together);
-  parallel_for(tall * across, 1, [&](int64_t first, int64_t last) {
-    Tiles scope;
-    alignas(64) float results[4 * kTileResult];
-    Scratch<float> sums(kRows * kColumns);
-    Scratch<bf16> low_rank(kRows / kTile * rank_size), edge(kPair * deep * kTileDepth);
-    const Epilogue epilogue{bias, accumulate};
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t row_begin = task / across * kRows, row_end = std::min(rows, row_begin + kRows);
-      const int64_t column_begin = task % across * together * kColumns;
-      const int64_t column_end = std::min(columns, column_begin + together * kColumns);
-      for (int64_t i = row_begin; i < row_end && r; i += kPair)
-        pack_left(h + i * ldh, ldh, row_end - i, r, low_rank + (i - row_begin) / kTile * rank_size, rank_size);
-      const int64_t whole_end = row_begin + (row_end - row_begin) / kPair * kPair, rest = row_end - whole_end;
-      bf16* spare = edge;  // of each term, the rows that do not fill a pair of tiles, and zeros
-      for (int64_t n = 0; n < count && rest; spare += kPair * terms[n++].depth) {
-        const int64_t depth = terms[n].depth;
-        std::memcpy(spare, (const bf16*)terms[n].x + whole_end * depth, rest * depth * sizeof(bf16));
-        std::memset(spare + rest * depth, 0, (kPair - rest) * depth * sizeof(bf16));
-      }
-      for (int64_t c0 = column_begin; c0 < column_end; c0 += kColumns)
-        for (const Part& part : parts) {
-          const int64_t depth = part.term->depth;
-          const bool first_part = &part == &parts.front(), last_part = &part == &parts.back();
-          for (int64_t c = c0; c < std::min(column_end, c0 + kColumns); c += kPair)
-            for (int64_t i = row_begin; i < row_end; i += kPair) {
-              const bf16* right = packed + c / kTile * column_size;
-              const auto add = [=](const bf16* left, const bf16* lower, int64_t row_bytes, int64_t step,
-                                   const bf16* right, int64_t tiles) {
-                for (int64_t d = 0; d < tiles; ++d) {
-                  Tiles::stream<4>(left + d * step, row_bytes);
-                  Tiles::load<6>(right + d * kTileSize);
-                  Tiles::multiply<0, 4, 6>();
-                  Tiles::load<7>(right + column_size + d * kTileSize);
-                  Tiles::multiply<1, 4, 7>();
-                  Tiles::stream<5>(lower + d * step, row_bytes);
-                  Tiles::multiply<2, 5, 6>();
-                  Tiles::multiply<3, 5, 7>();
-                }
-              };
-              float* sum = sums + ((c - c0) / kPair * kRows + i - row_begin) * kPair;
-              if (first_part) {
-                unrolled<4>([](auto t) { Tiles::zero<t>(); });
-              } else {
-                unrolled<4>([&](auto t) { Tiles::load<t>(sum + t * kTileResult); });
-              }
-              const bf16* x = i < whole_end ? (const bf16*)part.term->x + i * depth
-                                            : edge + kPair * kTileDepth * (part.at - part.first / kTileDepth);
-              x += part.first;
-              add(x, x + kTile * depth, depth * sizeof(bf16), kTileDepth, right + part.at * kTileSize, part.tiles);
-              if (!last_part) {
-                unrolled<4>([&](auto t) { Tiles::store<t>(sum + t * kTileResult); });
-                continue;
-              }
-              const bf16* left = low_rank + (i - row_begin) / kTile * rank_size;
-              add(left, left + rank_size, 64, kTileSize, right + deep * kTileSize, rank_tiles);
-              unrolled<4>([&](auto t) { Tiles::store<t>(results + t * kTileResult); });
-              epilogue.store(results, c, columns, std::min(kPair, row_end - i), (bf16*)y + i * columns + c, columns);
-            }
+    const int64_t tall = blocks(rows, kRows), wide = blocks(to - from, kColumns);
+    // all columns are one task where that makes tasks enough
+    const int64_t together = std::clamp<int64_t>(tall * wide / kTasks, 1, wide), across = blocks(wide, together);
+    parallel_for(tall * across, 1, [&](int64_t first, int64_t last) {
+      Tiles scope;
+      alignas(64) float results[4 * kTileResult];
+      Scratch<float> sums(kRows * kColumns);
+      Scratch<bf16> low_rank(kRows / kTile * rank_size), edge(kPair * deep * kTileDepth);
+      const Epilogue epilogue{bias, accumulate};
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t row_begin = task / across * kRows, row_end = std::min(rows, row_begin + kRows);
+        const int64_t column_begin = from + task % across * together * kColumns;
+        const int64_t column_end = std::min(to, column_begin + together * kColumns);
+        for (int64_t i = row_begin; i < row_end && r; i += kPair)
+          pack_left(h + i * ldh, ldh, row_end - i, r, low_rank + (i - row_begin) / kTile * rank_size, rank_size);
+        const int64_t whole_end = row_begin + (row_end - row_begin) / kPair * kPair, rest = row_end - whole_end;
+        bf16* spare = edge;  // of each term, the rows that do not fill a pair of tiles, and zeros
+        for (int64_t n = 0; n < count && rest; spare += kPair * terms[n++].depth) {
+          const int64_t depth = terms[n].depth;
+          std::memcpy(spare, (const bf16*)terms[n].x + whole_end * depth, rest * depth * sizeof(bf16));
+          std::memset(spare + rest * depth, 0, (kPair - rest) * depth * sizeof(bf16));
         }
-    }
-  });
+        for (int64_t c0 = column_begin; c0 < column_end; c0 += kColumns)
+          for (const Part& part : parts) {
+            const int64_t depth = part.term->depth;
+            const bool first_part = &part == &parts.front(), last_part = &part == &parts.back();
+            for (int64_t c = c0; c < std::min(column_end, c0 + kColumns); c += kPair)
+              for (int64_t i = row_begin; i < row_end; i += kPair) {
+                const bf16* right = packed + (c - from) / kTile * column_size;
+                const auto add = [=](const bf16* left, const bf16* lower, int64_t row_bytes, int64_t step,
+                                     const bf16* right, int64_t tiles) {
+                  for (int64_t d = 0; d < tiles; ++d) {
+                    Tiles::stream<4>(left + d * step, row_bytes);
+                    Tiles::load<6>(right + d * kTileSize);
+                    Tiles::multiply<0, 4, 6>();
+                    Tiles::load<7>(right + column_size + d * kTileSize);
+                    Tiles::multiply<1, 4, 7>();
+                    Tiles::stream<5>(lower + d * step, row_bytes);
+                    Tiles::multiply<2, 5, 6>();
+                    Tiles::multiply<3, 5, 7>();
+                  }
+                };
+                float* sum = sums + ((c - c0) / kPair * kRows + i - row_begin) * kPair;
+                if (first_part) {
+                  unrolled<4>([](auto t) { Tiles::zero<t>(); });
+                } else {
+                  unrolled<4>([&](auto t) { Tiles::load<t>(sum + t * kTileResult); });
+                }
+                const bf16* x = i < whole_end ? (const bf16*)part.term->x + i * depth
+                                              : edge + kPair * kTileDepth * (part.at - part.first / kTileDepth);
+                x += part.first;
+                add(x, x + kTile * depth, depth * sizeof(bf16), kTileDepth, right + part.at * kTileSize, part.tiles);
+                if (!last_part) {
+                  unrolled<4>([&](auto t) { Tiles::store<t>(sum + t * kTileResult); });
+                  continue;
+                }
+                const bf16* left = low_rank + (i - row_begin) / kTile * rank_size;
+                add(left, left + rank_size, 64, kTileSize, right + deep * kTileSize, rank_tiles);
+                unrolled<4>([&](auto t) { Tiles::store<t>(results + t * kTileResult); });
+                epilogue.store(results, c, columns, std::min(kPair, row_end - i), (bf16*)y + i * columns + c, columns);
+              }
+          }
+      }
+    });
+  }
 }
 
 }  // namespace pyfast::avx512
