@@ -1,5 +1,5 @@
-// lora_linears: the frozen products by csrc/cpu/linear.cpp, with the low-rank terms that are added to them, or by torch's
-// GEMM; everything else of low rank by csrc/cpu/lora.cpp.
+// lora_linears: the frozen products by csrc/cpu/linear.cpp, with the low-rank terms that are added to them, or by
+// torch's GEMM; everything else of low rank by csrc/cpu/lora.cpp.
 //   forward    H = dropout(x) A^T for all projections side by side, y = x W^T + s H B^T + bias
 //   backward   dH = dy (s B), dx = sum dy W + dropout'(dH A), dA = dH^T dropout(x), dB = s dy^T H
 // lora_mlp: the same twice, with an activation between, whose result is computed again in the backward.
