@@ -3,7 +3,8 @@
     python -m benchmarks [op ...] [--skip compile] [--save benchmarks/results]        or: pyfast bench [op ...]
 
 An op is the name of a file bench_<op>.py. Results carry machine, versions and commit. Saved ops replace their own
-results only; the charts are drawn from all that are there.
+results only, with --only their own cases, if the others are of the same commit; the charts are drawn from all that are
+there.
 """
 
 import argparse
@@ -100,9 +101,19 @@ def show(rows: list[dict]) -> None:
 
 
 def save(name: str, result: dict, folder: Path) -> None:
-    """<name>.json and <name>.md, and the charts of all that the folder holds."""
+    """<name>.json and <name>.md, and the charts of all that the folder holds.
+
+    Cases that an earlier run of the same commit saved, and this one did not measure, stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    path = folder / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"versions": None}
+    if before["versions"] == result["versions"]:
+        order = {(case.op, case.label): i for i, case in enumerate(bench(name).cases())}
+        measured = {(row["op"], row["case"]) for row in result["rows"]}
+        kept = [row for row in before["rows"] if (row["op"], row["case"]) not in measured]
+        result = result | {"rows": sorted(result["rows"] + kept, key=lambda row: order[row["op"], row["case"]])}
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     (folder / f"{name}.md").write_text(markdown(name, result))
     charts.draw(folder, [path for name in NAMES if (path := folder / f"{name}.json").exists()])
 
@@ -117,8 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.names:
         if name not in NAMES:
             parser.error(f"there is no benchmark {name!r}: choose from {', '.join(NAMES)}")
-    if options.only and options.save:
-        parser.error("--save writes an op's whole table: leave --only out")
     for name in options.names or NAMES:
         try:
             bench(name)

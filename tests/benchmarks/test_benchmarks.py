@@ -80,6 +80,12 @@ def test_saving_keeps_what_other_ops_saved(tmp_path, monkeypatch, capsys):
         row["loses"] for row in found["rows"]
     )
     assert json.loads(capsys.readouterr().out.splitlines()[-2]) == LIMITS
+    before = (folder / "cross_entropy.json").read_text()
+    main(["cross_entropy", "--skip", "compile", "--only", "bf16 512 × 200", "--save", str(tmp_path)])
+    again = json.loads((folder / "cross_entropy.json").read_text())["rows"]
+    labels = [(row["case"], row["variant"]) for row in again]
+    assert labels == [(row["case"], row["variant"]) for row in json.loads(before)["rows"]]
+    assert sum(row not in json.loads(before)["rows"] for row in again) == 3
 
 
 # ---- end to end
