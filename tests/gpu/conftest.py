@@ -1,4 +1,7 @@
-"""The Triton kernels on this machine's GPU: the op tests of tests/triton_kernels, with tensors made on the GPU."""
+"""The Triton and the CUDA C++ kernels on this machine's GPU: the op tests of tests/triton_kernels, with tensors made on
+the GPU."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,37 +9,45 @@ import torch
 from pyfast import dispatch
 
 DEVICE = "cuda"  # ROCm's too
+BACKENDS = ("triton", "cuda")
 
 
-def unavailable() -> str | None:
-    """Why this machine cannot run the kernels on a GPU, or None."""
+def unavailable(backend: str) -> str | None:
+    """Why this machine cannot run the backend's kernels on a GPU, or None."""
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU here"
-    return dispatch.unavailable("triton")
+    return dispatch.unavailable(backend)
 
 
-@pytest.fixture
+def served(item) -> bool:
+    """Whether the backend of a test has kernels for the op of its module: in CUDA C++, those of tests/cuda."""
+    op = item.path.stem.removeprefix("test_gpu_")
+    if item.callspec.params["kernel"] == "triton" or op == "registration":
+        return True
+    return (Path(__file__).parents[1] / "cuda" / f"test_op_{op}.py").exists()
+
+
+@pytest.fixture(params=BACKENDS)
 def kernel(request):
     """Instead of the native kernels of tests/conftest.py; every tensor of the test is made on the GPU."""
-    reason = unavailable()
-    if reason is None and getattr(request.node, "callspec", None):
-        dtype = request.node.callspec.params.get("dtype")
-        if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            reason = "this GPU has no bfloat16"
+    reason = unavailable(request.param)
+    bf16 = request.node.callspec.params.get("dtype") == torch.bfloat16
+    if reason is None and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        reason = "this GPU has no bfloat16"
     if reason is not None:
         pytest.skip(reason)
     torch.set_default_device(DEVICE)
-    yield "triton", None
+    yield request.param, None
     torch.set_default_device(None)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Of the tests that test_gpu_*.py borrow, those that take no kernel run in their own module. Without a GPU one test
-    of each module, skipped, stands for all."""
+    """Of the tests that test_gpu_*.py borrow, those that take no kernel run in their own module; ops that a backend has
+    no kernels for are left out. Without a GPU one test of each module, skipped, stands for all."""
     here = [item for item in items if item.path.name.startswith("test_gpu_")]
-    left_out = {item for item in here if "kernel" not in item.fixturenames}
-    if unavailable() is not None:
+    left_out = {item for item in here if "kernel" not in item.fixturenames or not served(item)}
+    if not torch.cuda.is_available():
         first = {item.path: item for item in reversed(here) if item not in left_out}
         without_gpu = set(here) - set(first.values()) - left_out
         config.hook.pytest_deselected(items=list(without_gpu))
