@@ -22,6 +22,7 @@ OPTIONS = {
     "lora_dominates": {"rank": 3, "scaling": 8.0, "frozen": True},
     "weight": {"weight": True},
     "smoothing": {"label_smoothing": 0.1},
+    "smoothing_dominates": {"label_smoothing": 1.0},
     "softcap": {"softcap": 0.8},
     "logit_scale": {"logit_scale": 0.25},
     "z_loss": {"z_loss": 10.0},

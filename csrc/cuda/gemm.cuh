@@ -256,15 +256,9 @@ struct GemmLaunch {
   Output out;
 };
 
-template <class T, bool kADeep, bool kBDeep>
-__global__ void __launch_bounds__(Gemm<T, kADeep, kBDeep>::kThreads) gemm_kernel(const __grid_constant__ GemmLaunch l) {
-  PYFAST_SHARED(shared);
-  using G = Gemm<T, kADeep, kBDeep>;
-  const G gemm(l.p);
-  if (gemm.empty()) return;
-  typename G::Sums sums = {};
-  gemm.run(l.p, shared, sums);
-  const Output& out = l.out;
+// Writes a thread's part of the sums; G knows where they belong
+template <class T, class G>
+__device__ __forceinline__ void store_sums(const G& gemm, const typename G::Sums& sums, const Output& out) {
   const bool pairs = out.stride % 2 == 0 && reinterpret_cast<uintptr_t>(out.data) % 8 == 0;
 #pragma unroll
   for (int i = 0; i < G::kRows; ++i)
@@ -298,6 +292,17 @@ __global__ void __launch_bounds__(Gemm<T, kADeep, kBDeep>::kThreads) gemm_kernel
         }
       }
     }
+}
+
+template <class T, bool kADeep, bool kBDeep>
+__global__ void __launch_bounds__(Gemm<T, kADeep, kBDeep>::kThreads) gemm_kernel(const __grid_constant__ GemmLaunch l) {
+  PYFAST_SHARED(shared);
+  using G = Gemm<T, kADeep, kBDeep>;
+  const G gemm(l.p);
+  if (gemm.empty()) return;
+  typename G::Sums sums = {};
+  gemm.run(l.p, shared, sums);
+  store_sums<T>(gemm, sums, l.out);
 }
 
 template <class T, bool kADeep, bool kBDeep>

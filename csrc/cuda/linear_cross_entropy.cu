@@ -98,11 +98,11 @@ __global__ void __launch_bounds__(kHeadThreads) losses_kernel(const __grid_const
 }
 
 template <class T>
-void sizes(const LinearCrossEntropy& a, int64_t* bytes) {
-  int64_t all[kMemories];
-  const HeadLaunch l = HeadLaunch::make<T>(a);
-  l.template sizes<T>(all);
-  for (int i = 0; i < kMemories; ++i) bytes[i] = all[i];
+int sizes(const LinearCrossEntropy& a, int64_t (&bytes)[kMemories]) {
+  HeadLaunch l;
+  if (int e = HeadLaunch::make<T>(l, a)) return e;
+  l.template sizes<T>(bytes);
+  return 0;
 }
 
 }  // namespace
@@ -120,7 +120,7 @@ int launch_losses(const HeadLaunch& l, void* stream) {
 using namespace pyfast;
 using namespace pyfast::cuda;
 
-extern "C" void pyfast_cuda_linear_cross_entropy_memory(const LinearCrossEntropy* a, int64_t* bytes) {
+extern "C" int pyfast_cuda_linear_cross_entropy_memory(const LinearCrossEntropy* a, int64_t (&bytes)[kMemories]) {
   return a->dtype == DType::fp32 ? sizes<float>(*a, bytes) : sizes<bf16>(*a, bytes);
 }
 

@@ -19,7 +19,7 @@
 // once and write d in its place, 4 rows V bytes (4.2 GB, 1.4 ms at 3.0 TB/s): 1.03 times two products with mma.sync.
 // W is read twice for each 200 MB of e. A trained head adds a product, and 8 V K bytes per 200 MB. Bounds on paper.
 #pragma once
-#include "cuda/gemm.cuh"
+#include "cuda/gemm90.cuh"
 #include "cuda/linear_cross_entropy.h"
 #include "cuda/math.cuh"
 
@@ -42,23 +42,32 @@ struct alignas(8) TileSmoothing {
 // How memory is laid out, and what the kernels share
 struct HeadLaunch {
   LinearCrossEntropy a;
-  int64_t chunk, begin;     // rows at a time; the first that is in the memory now, among those that count
-  int64_t tiles, ld, ld_h;  // tiles of classes; elements from one row of e and d to the next, and of h
+  int64_t chunk, begin;           // rows at a time; the first that is in the memory now, among those that count
+  int64_t tiles, ld, ld_h, ld_x;  // tiles of classes; elements from one row of e and d to the next, of h and of x
   int class_tile, splits;
+  bool hopper;  // the logits by wgmma, for which rows of x are gathered by a kernel of its own
 
   template <class T>
-  static HeadLaunch make(const LinearCrossEntropy& a) {
+  static int make(HeadLaunch& l, const LinearCrossEntropy& a) {
     using G = Gemm<T, false, false>;
-    HeadLaunch l{a, 0, 0, 0, 0, 0, G::kPart, 1};
-    l.tiles = (a.classes + G::kPart - 1) / G::kPart;
-    l.ld = (a.classes + 7) / 8 * 8, l.ld_h = (a.rank + 7) / 8 * 8;
+    using G90 = Gemm90<bf16, false>;
+    Device device;
+    if (int e = get_device(device)) return e;
+    l = HeadLaunch{a, 0, 0, 0, 0, 0, 0, 0, 1, false};
+    const auto serves = [](const Matrix& m) { return Operand(static_cast<const T*>(m.data), m.row, m.column).vectors; };
+    l.hopper = sizeof(T) == 2 && device.architecture == 90 && a.features > 0 && serves(a.weight) &&
+               (a.rank == 0 || serves(a.lora_B));
+    l.class_tile = l.hopper ? G90::kPart : G::kPart;
+    l.tiles = (a.classes + l.class_tile - 1) / l.class_tile;
+    l.ld = (a.classes + 7) / 8 * 8, l.ld_h = (a.rank + 7) / 8 * 8, l.ld_x = (a.features + 7) / 8 * 8;
     int64_t row_bytes = 16 * l.tiles;
     if (a.upstream) row_bytes += l.ld * (l.kept_size() + (l.in_place() ? 0 : int64_t(sizeof(T))));
     l.chunk = a.logits_bytes / row_bytes;
-    if (l.chunk > G::kBlock) l.chunk = l.chunk / G::kBlock * G::kBlock;
+    const int64_t block = l.hopper ? G90::kBlock : G::kBlock;
+    if (l.chunk > block) l.chunk = l.chunk / block * block;
     if (l.chunk < 16) l.chunk = 16;
     if (l.chunk > a.rows) l.chunk = a.rows;
-    return l;
+    return 0;
   }
   // The sums of a narrow product are split, so that it has blocks enough
   template <class T>
@@ -73,6 +82,7 @@ struct HeadLaunch {
     const auto set = [&](Memory m, int64_t size) { bytes[int(m)] = size; };
     set(Memory::index, a.rows * 8);
     set(Memory::counted, 8);
+    set(Memory::x, hopper ? chunk * ld_x * int64_t(sizeof(T)) : 0);
     set(Memory::kept, gradient ? chunk * ld * kept_size() : 0);
     set(Memory::d, gradient && !in_place() ? chunk * ld * int64_t(sizeof(T)) : 0);
     set(Memory::states, chunk * tiles * int64_t(sizeof(TileState)));
@@ -108,30 +118,27 @@ struct LogitsLaunch {
   HeadLaunch l;
 };
 
-template <class T, bool kBDeep, bool kGeneral>
-__global__ void __launch_bounds__(Gemm<T, false, kBDeep>::kThreads)
-    logits_kernel(const __grid_constant__ LogitsLaunch launched) {
-  PYFAST_SHARED(shared);
-  using G = Gemm<T, false, kBDeep>;
-  const HeadLaunch& l = launched.l;
+// What becomes of a thread's part of x W^T + h B^T
+template <class T, bool kGeneral, class G>
+__device__ __forceinline__ void finish_logits(const G& gemm, typename G::Sums& z, const HeadLaunch& l) {
   const LinearCrossEntropy& a = l.a;
-  const G gemm(launched.p);
-  if (gemm.empty()) return;
-  typename G::Sums z = {};
-  gemm.run(launched.p, shared, z);
-
+  // of this thread's columns, first + 8 j + e: `left` of them are classes, and for `room` there is memory
+  const int64_t first = gemm.column_of(0, 0);
+  const auto up_to = [&](int64_t end) { return end - first < G::kPart ? int(end - first) : G::kPart; };
+  const int left = up_to(a.classes), room = up_to(l.ld);
 #pragma unroll
   for (int j = 0; j < G::kColumns; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int64_t c = gemm.column_of(j, e);
-      const float bias = a.bias && c < a.classes ? to_float(static_cast<const T*>(a.bias)[c * a.bias_stride]) : 0.f;
+      const bool inside = 8 * j + e < left;
+      float bias = 0.f;
+      if (a.bias && inside) bias = to_float(static_cast<const T*>(a.bias)[(first + 8 * j + e) * a.bias_stride]);
 #pragma unroll
       for (int i = 0; i < 2 * G::kRows; ++i) {
         float& x = z[i / 2][j][i % 2 * 2 + e];
         x = (x + bias) * a.logit_scale;
         if (kGeneral && a.softcap > 0.f) x = a.softcap * called_tanh(x / a.softcap);
-        if (c >= a.classes) x = -INFINITY;
+        if (!inside) x = -INFINITY;
       }
     }
 
@@ -142,45 +149,43 @@ __global__ void __launch_bounds__(Gemm<T, false, kBDeep>::kThreads)
     for (int h = 0; h < 2; ++h) {
       const int64_t r = gemm.row_of(i, 2 * h);
       const bool counts = r < gemm.m;
-      const int64_t target = counts ? a.target[l.index()[r]] : -1;
+      const int64_t from_first = counts ? a.target[l.index()[r]] - first : -1;
+      const int target = from_first >= 0 && from_first < left ? int(from_first) : -1;
       float largest = -INFINITY;
 #pragma unroll
       for (int j = 0; j < G::kColumns; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float x = z[i][j][2 * h + e];
-          const int64_t c = gemm.column_of(j, e);
-          largest = fmaxf(largest, x);
-          if (c == target && c < a.classes) l.at<float>(Memory::target_logit)[r] = x;
+          largest = fmaxf(largest, z[i][j][2 * h + e]);
+          if (8 * j + e == target) l.at<float>(Memory::target_logit)[r] = z[i][j][2 * h + e];
         }
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
       const float shift = largest == -INFINITY ? 0.f : largest;
       TileState state{largest, 0.f};
       TileSmoothing smoothing{0.f, 0.f};
+      const bool logits = kGeneral && a.softcap > 0.f;
+      const int64_t to = r * l.ld + first;
 #pragma unroll
       for (int j = 0; j < G::kColumns; ++j) {
-        float e[2];
+        float kept[2];
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float x = z[i][j][2 * h + k];
-          const int64_t c = gemm.column_of(j, k);
-          e[k] = exponential<T>(x - shift);
-          state.sum += e[k];
-          if (kGeneral && a.label_smoothing > 0.0 && c < a.classes) {
-            const float w = a.class_weight ? a.class_weight[c] : 1.f;
+        for (int e = 0; e < 2; ++e) {
+          const float x = z[i][j][2 * h + e];
+          kept[e] = exponential<T>(x - shift);
+          state.sum += kept[e];
+          if (logits) kept[e] = x;
+          if (kGeneral && a.label_smoothing > 0.0 && 8 * j + e < left) {
+            const float w = a.class_weight ? a.class_weight[first + 8 * j + e] : 1.f;
             smoothing.weights += w;
             if (w != 0.f) smoothing.below += w * (x - shift);
           }
         }
-        const int64_t c = gemm.column_of(j, 0), to = r * l.ld + c;
-        if (!a.upstream || !counts || c >= l.ld) continue;
-        if (sizeof(T) == 4 || (kGeneral && a.softcap > 0.f)) {
-          const bool logits = kGeneral && a.softcap > 0.f;
-          const Pair pair{logits ? z[i][j][2 * h] : e[0], logits ? z[i][j][2 * h + 1] : e[1]};
-          *reinterpret_cast<Pair*>(l.at<float>(Memory::kept) + to) = pair;
+        if (!a.upstream || !counts || 8 * j >= room) continue;
+        if (sizeof(T) == 4 || logits) {
+          *reinterpret_cast<Pair*>(l.at<float>(Memory::kept) + to + 8 * j) = {kept[0], kept[1]};
         } else if constexpr (sizeof(T) == 2) {
-          *reinterpret_cast<uint32_t*>(l.at<T>(Memory::kept) + to) = pack<T>(e[0], e[1]);
+          *reinterpret_cast<uint32_t*>(l.at<T>(Memory::kept) + to + 8 * j) = pack<T>(kept[0], kept[1]);
         }
       }
 #pragma unroll
@@ -196,6 +201,55 @@ __global__ void __launch_bounds__(Gemm<T, false, kBDeep>::kThreads)
         if (kGeneral && a.label_smoothing > 0.0) l.at<TileSmoothing>(Memory::below)[tile * l.chunk + r] = smoothing;
       }
     }
+}
+
+template <class T, bool kBDeep, bool kGeneral>
+__global__ void __launch_bounds__(Gemm<T, false, kBDeep>::kThreads)
+    logits_kernel(const __grid_constant__ LogitsLaunch l) {
+  PYFAST_SHARED(shared);
+  using G = Gemm<T, false, kBDeep>;
+  const G gemm(l.p);
+  if (gemm.empty()) return;
+  typename G::Sums z = {};
+  gemm.run(l.p, shared, z);
+  finish_logits<T, kGeneral>(gemm, z, l.l);
+}
+
+struct Logits90Launch {
+  Boxes boxes;
+  LogitsLaunch logits;
+};
+template <class T, bool kGeneral>
+__global__ void __launch_bounds__(Gemm90<T, false>::kThreads)
+    logits90_kernel(const __grid_constant__ Logits90Launch l) {
+#if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYFAST_SHARED(shared);
+  using G = Gemm90<T, false>;
+  const G gemm(l.logits.p);
+  if (gemm.empty()) return;
+  gemm.begin(shared);
+  if (G::produces()) return gemm.produce(l.logits.p, l.boxes, shared);
+  typename G::Sums z = {};
+  gemm.multiply(l.logits.p, shared, z);
+  finish_logits<T, kGeneral>(gemm, z, l.logits.l);
+#endif
+}
+
+// Rows of x that count, one after the other
+template <class T>
+__global__ void __launch_bounds__(kHeadThreads) gather_kernel(const __grid_constant__ HeadLaunch l) {
+  const int64_t r = blockIdx.x, columns = l.a.features;
+  if (r >= l.here()) return;
+  const T* const from = static_cast<const T*>(l.a.input) + l.index()[r] * columns;
+  T* const to = l.at<T>(Memory::x) + r * l.ld_x;
+  if (columns % 8 == 0 && reinterpret_cast<uintptr_t>(l.a.input) % 16 == 0) {
+    for (int64_t c = threadIdx.x * 8; c < columns; c += kHeadThreads * 8) {
+      const Vector v = load_global(from + c);
+      memcpy(to + c, &v, sizeof v);
+    }
+  } else {
+    for (int64_t c = threadIdx.x; c < columns; c += kHeadThreads) to[c] = from[c];
+  }
 }
 
 // ---- step 4: a thread has 8 logits
@@ -293,8 +347,35 @@ int launch_counting(const HeadLaunch& l, void* stream);
 int launch_losses(const HeadLaunch& l, void* stream);
 
 template <class T>
+int launch_logits(const LogitsLaunch& l, bool weight_by_rows, void* stream) {
+  const bool general = l.l.a.softcap > 0.f || l.l.a.label_smoothing > 0.0;
+  if constexpr (sizeof(T) == 2) {
+    using G = Gemm90<T, false>;
+    if (l.l.hopper) {
+      Logits90Launch l90{{}, l};
+      if (int e = make_boxes<T, false>(l90.boxes, l.p)) return e;
+      return launch(general ? logits90_kernel<T, true> : logits90_kernel<T, false>,
+                    Shape{G::blocks(l.p), G::kThreads, G::kSharedBytes}, l90, stream);
+    }
+  }
+  using G = Gemm<T, false, false>;
+  const int bytes = weight_by_rows ? G::kSharedBytes : Gemm<T, false, true>::kSharedBytes;
+  const auto kernel = weight_by_rows ? (general ? logits_kernel<T, false, true> : logits_kernel<T, false, false>)
+                                     : (general ? logits_kernel<T, true, true> : logits_kernel<T, true, false>);
+  return launch(kernel, Shape{G::blocks(l.p), G::kThreads, bytes}, l, stream);
+}
+
+template <class T>
+int launch_dx(const Product& p, const Output& out, bool weight_by_rows, bool hopper, void* stream) {
+  if constexpr (sizeof(T) == 2)
+    if (hopper && boxes_serve(p)) return launch_gemm90<T, true>(p, out, stream);
+  return weight_by_rows ? launch_gemm<T, false, true>(p, out, stream) : launch_gemm<T, false, false>(p, out, stream);
+}
+
+template <class T>
 int launch_head(const LinearCrossEntropy& a, void* stream) {
-  HeadLaunch l = HeadLaunch::make<T>(a);
+  HeadLaunch l;
+  if (int e = HeadLaunch::make<T>(l, a)) return e;
   if (int e = launch_counting(l, stream)) return e;
 
   const auto data = [](const Matrix& m) { return static_cast<const T*>(m.data); };
@@ -304,11 +385,13 @@ int launch_head(const LinearCrossEntropy& a, void* stream) {
   const bool weight_by_rows = a.weight.column == 1 || a.weight.row != 1;
   const auto parameter = [&](const Matrix& m) { return weight_by_rows ? as_rows(m) : transposed(m); };
   const int64_t *const counted = l.at<int64_t>(Memory::counted), chunk = l.chunk;
-  const bool general = a.softcap > 0.f || a.label_smoothing > 0.0;
   const Matrix h{l.at<T>(Memory::h), l.ld_h, 1}, dh{l.at<T>(Memory::dh), l.ld_h, 1};
 
   for (; l.begin < a.rows; l.begin += chunk) {
-    const Operand x(static_cast<const T*>(a.input), a.features, 1, l.index());
+    const Operand x = l.hopper ? Operand(l.at<const T>(Memory::x), l.ld_x, 1)
+                               : Operand(static_cast<const T*>(a.input), a.features, 1, l.index());
+    if (l.hopper)
+      if (int e = launch(gather_kernel<T>, Shape{chunk, kHeadThreads, 0}, l, stream)) return e;
     const auto product = [&](int64_t m, int64_t n, Term first, Term second = {}, int splits = 1) {
       return Product{m, n, {first, second}, splits, counted, l.begin};
     };
@@ -328,11 +411,7 @@ int launch_head(const LinearCrossEntropy& a, void* stream) {
 
     const LogitsLaunch logits{
         product(chunk, a.classes, {x, parameter(a.weight), a.features}, {as_rows(h), parameter(a.lora_B), a.rank}), l};
-    const auto kernel = weight_by_rows ? (general ? logits_kernel<T, false, true> : logits_kernel<T, false, false>)
-                                       : (general ? logits_kernel<T, true, true> : logits_kernel<T, true, false>);
-    using G = Gemm<T, false, false>;
-    const int bytes = weight_by_rows ? G::kSharedBytes : Gemm<T, false, true>::kSharedBytes;
-    if (int e = launch(kernel, Shape{G::blocks(logits.p), G::kThreads, bytes}, logits, stream)) return e;
+    if (int e = launch_logits<T>(logits, weight_by_rows, stream)) return e;
     if (int e = launch_losses(l, stream)) return e;
     if (!a.upstream) continue;
 
@@ -349,9 +428,7 @@ int launch_head(const LinearCrossEntropy& a, void* stream) {
       const Product p =
           product(chunk, a.features, {d, parameter(a.weight), a.classes}, {as_rows(dh), parameter(a.lora_A), a.rank});
       const Output out{a.dinput, a.features, l.index(), 0, false, false};
-      if (int e = weight_by_rows ? launch_gemm<T, false, true>(p, out, stream)
-                                 : launch_gemm<T, false, false>(p, out, stream))
-        return e;
+      if (int e = launch_dx<T>(p, out, weight_by_rows, l.hopper, stream)) return e;
     }
     const auto add = [&](float* to, int64_t m, int64_t n, const Operand& left, const Operand& right) -> int {
       if (!to) return 0;

@@ -13,7 +13,7 @@ struct Matrix {
 };
 
 // Memory of a call's own, of at least so many bytes each as pyfast_cuda_linear_cross_entropy_memory says
-enum class Memory : int { index, counted, kept, d, states, below, target_logit, rows, h, dh, parts, count };
+enum class Memory : int { index, counted, x, kept, d, states, below, target_logit, rows, h, dh, parts, count };
 constexpr int kMemories = int(Memory::count);
 
 struct LinearCrossEntropy {
@@ -43,7 +43,8 @@ struct LinearCrossEntropy {
 }  // namespace pyfast::cuda
 
 extern "C" {
-void pyfast_cuda_linear_cross_entropy_memory(const pyfast::cuda::LinearCrossEntropy* arguments, int64_t* bytes);
 // 0, or a code for pyfast_cuda_error
+int pyfast_cuda_linear_cross_entropy_memory(const pyfast::cuda::LinearCrossEntropy* arguments,
+                                            int64_t (&bytes)[pyfast::cuda::kMemories]);
 int pyfast_cuda_linear_cross_entropy(const pyfast::cuda::LinearCrossEntropy* arguments, void* stream);
 }

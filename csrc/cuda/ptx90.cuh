@@ -1,6 +1,6 @@
 // The PTX instructions of sm_90a, each in one small function, with its meaning for the emulator: mbarriers, tiles
-// copied by TMA, and wgmma. Operands of wgmma lie K-major in rows of 128 bytes with 128-byte swizzle, as TMA leaves
-// them.
+// copied by TMA, and wgmma. Operands of wgmma lie in rows of 128 bytes with 128-byte swizzle, as TMA leaves them: a
+// row of the operand, K-major, or, of b, 64 of its columns of one depth.
 #pragma once
 #include "cuda/ptx.cuh"
 #if defined(PYFAST_EMULATOR)
@@ -121,16 +121,32 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
 #endif
 }
 
+// ---- registers: from here on a warp group's threads have so many each, no more than the block began with in all
+
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+#if !defined(PYFAST_EMULATOR)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+#if !defined(PYFAST_EMULATOR)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
 // ---- wgmma
 
-// Of a tile in rows of 128 bytes, 8 rows to a group of 1024 bytes; 16 elements further in depth is 32 bytes further
-__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared) {
+// Of a tile in rows of 128 bytes, 8 rows to a group of 1024 bytes; 16 elements further in depth is 32 bytes further.
+// Where rows are depths, 2048 bytes further, and `next` bytes away is the tile of the next 64 columns.
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, int next = 16) {
 #if defined(PYFAST_EMULATOR)
   const uint64_t address = static_cast<const uint8_t*>(shared) - simt::current->block->shared;
 #else
   const uint64_t address = shared_address(shared);
 #endif
-  return (address & 0x3FFFF) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return (address & 0x3FFFF) >> 4 | uint64_t(next >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 // Before the first product, and after registers of a product were written
 __device__ __forceinline__ void wgmma_fence() {
@@ -154,22 +170,27 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// d (64 x 128) += a (64 x 16) b (128 x 16)^T by a warp group. A thread of warp w holds rows 16 w + lane / 4 and 8
-// below, columns 8 j + 2 (lane % 4) and the next: d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].
-template <class T>
+// d (64 x 128) += a (64 x 16) b (128 x 16)^T by a warp group; with kBDeep b's rows in memory are depths. A thread of
+// warp w holds rows 16 w + lane / 4 and 8 below, columns 8 j + 2 (lane % 4) and the next: d[4 j], d[4 j + 1], and below
+// d[4 j + 2], d[4 j + 3].
+template <class T, bool kBDeep = false>
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
 #if defined(PYFAST_EMULATOR)
   float* const to = d;
   simt::defer([=] {
     const int lane = simt::current->lane, row = simt::current->linear / 32 % 4 * 16 + lane / 4;
-    const auto element = [](uint64_t descriptor, int r, int k) {
-      return to_float(*static_cast<const T*>(simt::descriptor_element(descriptor, r, k)));
+    const auto element = [](uint64_t descriptor, int r, int k, bool deep) {
+      return to_float(*static_cast<const T*>(simt::descriptor_element(descriptor, r, k, deep)));
     };
-    for (int i = 0; i < 64; ++i) {
-      const int r = row + i % 4 / 2 * 8, c = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      float sum = 0.f;
-      for (int k = 0; k < 16; ++k) sum += element(a, r, k) * element(b, c, k);
-      to[i] += sum;
+    float left[2][16], right[16];
+    for (int i = 0; i < 32; ++i) left[i / 16][i % 16] = element(a, row + i / 16 * 8, i % 16, false);
+    for (int i = 0; i < 32; ++i) {
+      for (int k = 0; k < 16; ++k) right[k] = element(b, i / 2 * 8 + lane % 4 * 2 + i % 2, k, kBDeep);
+      for (int h = 0; h < 2; ++h) {
+        float sum = 0.f;
+        for (int k = 0; k < 16; ++k) sum += left[h][k] * right[k];
+        to[i / 2 * 4 + h * 2 + i % 2] += sum;
+      }
     }
   });
 #else
@@ -178,11 +199,11 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                                    \
                " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"  \
                "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"  \
-               "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, 0;"                            \
+               "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, %66;"                          \
                : PYFAST_D4(0), PYFAST_D4(4), PYFAST_D4(8), PYFAST_D4(12), PYFAST_D4(16), PYFAST_D4(20), PYFAST_D4(24), \
                  PYFAST_D4(28), PYFAST_D4(32), PYFAST_D4(36), PYFAST_D4(40), PYFAST_D4(44), PYFAST_D4(48),             \
                  PYFAST_D4(52), PYFAST_D4(56), PYFAST_D4(60)                                                           \
-               : "l"(a), "l"(b))
+               : "l"(a), "l"(b), "n"(int(kBDeep)))
   if constexpr (std::is_same_v<T, bf16>)
     PYFAST_WGMMA("bf16.bf16");
   else

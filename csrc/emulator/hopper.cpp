@@ -124,10 +124,12 @@ void wait_deferred(int left) {
   }
 }
 
-const void* descriptor_element(uint64_t descriptor, int row, int k) {
+const void* descriptor_element(uint64_t descriptor, int row, int k, bool deep) {
   if (descriptor >> 62 != 1) fail("wgmma: only operands with 128-byte swizzle are emulated");
   const uint64_t start = (descriptor & 0x3FFF) << 4, group = (descriptor >> 32 & 0x3FFF) << 4;
-  uint64_t at = start + row / 8 * group + row % 8 * 128 + k * 2;
+  const uint64_t next = (descriptor >> 16 & 0x3FFF) << 4;
+  uint64_t at = start + (deep ? row / 64 * next + k / 8 * group + k % 8 * 128 + row % 64 * 2
+                              : row / 8 * group + row % 8 * 128 + k * 2);
   at ^= (at >> 7 & 7) << 4;
   const uint8_t* p = current->block->shared + at;
   check_shared(p, 2, 2, "a wgmma operand");

@@ -28,7 +28,8 @@ void defer(std::function<void()> work);
 void commit_deferred();
 void wait_deferred(int left);
 
-// The element of a wgmma operand that a descriptor names: row r, depth k, K-major with 128-byte swizzle
-const void* descriptor_element(uint64_t descriptor, int row, int k);
+// The element of a wgmma operand that a descriptor names: row r, depth k, with 128-byte swizzle, K-major or, where its
+// rows in memory are depths, not
+const void* descriptor_element(uint64_t descriptor, int row, int k, bool deep);
 
 }  // namespace simt

@@ -50,3 +50,37 @@ def test_same_bits(kernel):
         outputs, gradients, _ = run(linear_cross_entropy, args, options, *kernel)
     again, gradients_again, _ = run(linear_cross_entropy, args, options, *kernel)
     assert all(map(torch.equal, outputs + gradients, again + gradients_again))
+
+
+def test_head_within_another_matrix(kernel):
+    """Rows a multiple of 16 bytes apart that begin between two."""
+    (x, _, target), _ = inputs(60, 72, 301, torch.bfloat16)
+    head = (torch.randn(301, 80) / 8).bfloat16()[:, 1:73].requires_grad_()
+    check_rule([x, head, target], {}, kernel)
+
+
+#: (rows, options): more rows that count than a tile of 256 has; an adapter that TMA can copy, and one that it cannot
+HOPPER = {
+    "plain": (400, {}),
+    "frozen": (90, {"frozen": True, "ignored": 0.6}),
+    "lora": (90, {"rank": 8, "scaling": 4.0, "frozen": True}),
+    "all": (90, {**OPTIONS["all"], "rank": 16}),
+    "rank_of_3": (90, {"rank": 3}),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper(kernel, name):
+    """sm_90a: TMA, mbarriers and wgmma, in tiles of 256 rows and 128 classes, and in depth more steps than stages."""
+    rows, options = HOPPER[name]
+    for lazy, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        args, given = inputs(rows, 264 if rows > 256 else 136, 304, dtype, **options)
+        with emulator.emulating("random", lazy=lazy, arch="sm_90a"):
+            check_rule(args, given, kernel)
+
+
+def test_hopper_without_gradients(kernel):
+    (x, head, target), _ = inputs(20, 33, 304, torch.bfloat16)
+    args = (x.detach(), torch.nn.functional.pad(head.detach(), (0, 7))[:, :33], target)
+    with emulator.emulating(arch="sm_90a"):
+        check_rule(args, {}, kernel)

@@ -51,13 +51,13 @@ Gradients linear_cross_entropy(const Tensor& input, const Tensor& linear_weight,
   STD_TORCH_CHECK(needs.size() == 5,
                   "needs has one entry for each of input, linear_weight, linear_bias, lora_A, lora_B");
 
-  Tensor loss = torch::stable::new_empty(input, {rows}, ScalarType::Double), lse = torch::stable::empty_like(loss);
+  Tensor loss = make_empty(input, {rows}, ScalarType::Double), lse = make_empty(input, {rows}, ScalarType::Double);
   a.loss = static_cast<double*>(loss.mutable_data_ptr()), a.lse = static_cast<double*>(lse.mutable_data_ptr());
   // what no row reaches stays zero: rows of input that are ignored, and everything where there are no rows
   const auto gradient = [&](int i, const OptionalTensor& like, auto*& to) {
     const ScalarType type = i ? ScalarType::Float : input.scalar_type();
-    if (!upstream || !like || !needs[i]) return torch::stable::new_empty(input, {0}, type);
-    Tensor g = torch::stable::new_empty(input, like->sizes(), type);
+    if (!upstream || !like || !needs[i]) return make_empty(input, {0}, type);
+    Tensor g = make_empty(input, like->sizes(), type);
     if (i == 0 || rows == 0) torch::stable::zero_(g);
     if (g.numel()) to = static_cast<std::remove_reference_t<decltype(to)>>(g.mutable_data_ptr());
     return g;
@@ -65,14 +65,14 @@ Gradients linear_cross_entropy(const Tensor& input, const Tensor& linear_weight,
   Tensor dinput = gradient(0, input, a.dinput), dweight = gradient(1, linear_weight, a.dweight);
   Tensor dbias = gradient(2, linear_bias, a.dbias), dA = gradient(3, lora_A, a.dA), dB = gradient(4, lora_B, a.dB);
 
+  const OnDevice device(input);
   int64_t bytes[cuda::kMemories];
-  pyfast_cuda_linear_cross_entropy_memory(&a, bytes);
+  check_launch(pyfast_cuda_linear_cross_entropy_memory(&a, bytes), "linear_cross_entropy");
   std::vector<Tensor> memory;
   for (int i = 0; i < cuda::kMemories; ++i) {
-    memory.push_back(torch::stable::new_empty(input, {bytes[i]}, ScalarType::Byte));
+    memory.push_back(make_empty(input, {bytes[i]}, ScalarType::Byte));
     a.memory[i] = memory.back().mutable_data_ptr();
   }
-  const OnDevice device(input);
   check_launch(pyfast_cuda_linear_cross_entropy(&a, device.stream()), "linear_cross_entropy");
   return {loss, lse, dinput, dweight, dbias, dA, dB};
 }
