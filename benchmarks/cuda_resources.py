@@ -40,6 +40,10 @@ template <class T, bool kADeep, bool kBDeep> void product(const char* type) {
   std::printf("gemm_kernel<%s, %s, %s %d\\n", type, flags[kADeep], flags[kBDeep], bytes);
   if (!kADeep) std::printf("logits_kernel<%s, %s %d\\n", type, flags[kBDeep], bytes);
 }
+template <class T> void product90(const char* type) {
+  const int bytes = cuda::Gemm90<T, true>::kSharedBytes;
+  std::printf("gemm90_kernel<%s, true %d\\nlogits90_kernel<%s %d\\n", type, bytes, type, bytes);
+}
 template <class T> void widths(const char* type) {
   print<T, 64>(type); print<T, 128>(type); print<T, 256>(type);
   product<T, false, false>(type); product<T, false, true>(type); product<T, true, true>(type);
@@ -54,6 +58,7 @@ template <class T, int kRank> void lora(const char* type) {
 }
 int main() {
   widths<float>("float"); widths<bf16>("bf16"); widths<fp16>("fp16");
+  product90<bf16>("bf16"); product90<fp16>("fp16");
   lora<float, 16>("float"); lora<float, 32>("float");
   lora<bf16, 16>("bf16"); lora<bf16, 32>("bf16"); lora<bf16, 64>("bf16");
   lora<fp16, 16>("fp16"); lora<fp16, 32>("fp16"); lora<fp16, 64>("fp16");
@@ -103,8 +108,8 @@ def tables(library: Path) -> dict[str, list[dict]]:
         bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass, re.S))
         for mangled, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
             body, name = bodies.get(mangled, ""), readable(mangled)
-            if "kernel" not in name:
-                continue  # a function that kernels call
+            if "kernel" not in name or ("90_kernel" in name and architecture != "sm_90a"):
+                continue  # a function that kernels call, or a kernel that has its body on sm_90a alone
             local, multiply, copy = (len(re.findall(p, body)) for p in (LOCAL, TENSOR_CORE, ASYNC_COPY))
             shared = next((size for key, size in budgets.items() if re.match(re.escape(key) + "[,>]", name)), "")
             values = (name, int(registers), int(stack), local, shared, multiply, copy)
@@ -117,7 +122,7 @@ def faults(rows: list[dict]) -> list[str]:
     """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit products."""
     found = []
     for row in rows:
-        copies = re.match(r"(?:attention\w*|gemm|logits|lora)_kernel", row["kernel"])
+        copies = re.match(r"(?:attention\w*|gemm|gemm90|logits|logits90|lora)_kernel", row["kernel"])
         multiplies = copies or row["kernel"].startswith("quantized_linear")
         if row["local_instructions"]:
             found.append(f"{row['kernel']}: {row['local_instructions']} local loads and stores")

@@ -36,7 +36,8 @@ class Mutation(NamedTuple):
 LOSS, LOSS_FILE = "cross_entropy", "cross_entropy.cuh"
 HEADS, TILES = "attention.cuh", "tile.cuh"
 BF16, FP32 = "attention_bf16", "attention_fp32"
-GEMM, HEAD, HEAD_ROWS = "gemm.cuh", "linear_cross_entropy.cuh", "linear_cross_entropy.cu"
+GEMM, GEMM90 = "gemm.cuh", "gemm90.cuh"
+HEAD, HEAD_ROWS = "linear_cross_entropy.cuh", "linear_cross_entropy.cu"
 HEAD_ALL, HEAD_BF16, HEAD_FP32 = (f"linear_cross_entropy{suffix}" for suffix in ("", "_bf16", "_fp32"))
 LORA, LORA16, LORA32 = "lora.cuh", "lora_bf16", "lora_fp32"
 RULE = "test_error_rule"
@@ -237,6 +238,21 @@ MUTATIONS = [
              "few_rows"),
     Mutation("a block that ends with its row", "quantized.cu", "if (border > k) border = k;", "", "quantized",
              "begin_anywhere"),
+    Mutation("a tile not waited for", GEMM90, "step / kStages % 2);", "step / kStages % 2 ^ 1);", HEAD_BF16, "hopper"),
+    Mutation("a stage filled while it is read", GEMM90, "if (round > 0) mbarrier_wait(", "if (false) mbarrier_wait(",
+             HEAD_BF16, "hopper"),
+    Mutation("a stage freed too soon", GEMM90, "(step - 1) % kStages", "step % kStages", HEAD_BF16, "hopper"),
+    Mutation("a stage freed by half of the warps", GEMM90, "kConsumers / 32);", "kConsumers / 64);", HEAD_BF16,
+             "hopper"),
+    Mutation("a stage freed by a warp's first lane", GEMM90, "__syncwarp();\n        if (lane == 0) mbarrier_arrive",
+             "if (lane == 0) mbarrier_arrive", HEAD_BF16, "hopper"),
+    Mutation("two products in flight", GEMM90, "wgmma_wait<1>();", "wgmma_wait<2>();", HEAD_BF16, "hopper"),
+    Mutation("the last product not waited for", GEMM90, "wgmma_wait<0>();", "", HEAD_BF16, "hopper"),
+    Mutation("16 depths further", GEMM90, "b + k * 16 * 128", "b + k * 32", HEAD_BF16, "hopper"),
+    Mutation("the next 64 columns", GEMM90, "k * 16 * 128, kBBytes / 2)", "k * 16 * 128)", HEAD_BF16, "hopper"),
+    Mutation("columns copied twice", GEMM90, "int(column) + 64, at", "int(column), at", HEAD_BF16, "hopper"),
+    Mutation("a warp group's rows", GEMM90, "warp_row / 128 * 128 * 128", "0", HEAD_BF16, "hopper"),
+    Mutation("the adapter's boxes", GEMM90, "&boxes.a[second]", "&boxes.a[0]", HEAD_BF16, "hopper"),
 ]  # fmt: skip
 
 
