@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             bench(name)
         except ModuleNotFoundError as error:
             parser.error(f"{name} needs {error.name}: pip install 'pyfast-kernels[bench]'")
+    machine.require_kernels()
     rows = []
     for name, result in run(options.names or NAMES, options.skip, options.only):
         rows += result["rows"]

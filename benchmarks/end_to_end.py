@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import data
-from .machine import OthersLoad, folder_name, forget_peak, machine, resident_mb, versions
+from .machine import OthersLoad, folder_name, forget_peak, machine, require_kernels, resident_mb, versions
 
 BUSY = 0.05  # the share of the CPU that others may take during a round
 CHECKED = 3  # steps whose losses are compared, at least: every batch once
@@ -404,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
         import torch
 
         options.threads = torch.get_num_threads()
+    require_kernels()
     result = measure(options)
     if options.save:
         save(result, options.save / folder_name())

@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line, instead of a table")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write JSON and chart to FOLDER/<machine>/")
     options = parser.parse_args(argv)
+    machine.require_kernels()
     result = measure(options.dtype)
     if options.save:
         folder = options.save / machine.folder_name()

@@ -29,6 +29,14 @@ def machine() -> dict:
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "isa": isa, "threads": torch.get_num_threads()}
 
 
+def require_kernels() -> None:
+    """Ends the run where PyFast's kernels cannot be used: PyTorch would be measured in their place."""
+    from pyfast import dispatch
+
+    if reason := dispatch.unavailable("cpu"):
+        raise SystemExit(f"nothing to measure: {reason}")
+
+
 def elements_beyond_cache() -> int:
     """Elements of a tensor that takes half of the last-level cache in fp32: an op on two or more runs from memory."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")  # such as 480M; a container may hide them
