@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from pyfast import dispatch, reference
 from pyfast.ops.autograd import distinct, first_order
-from pyfast.ops.checks import check_floating, check_number, check_parameter, check_same
+from pyfast.ops.checks import beside, check_floating, check_number, check_parameter, check_same
 from pyfast.reference import wide
 
 
@@ -62,15 +62,14 @@ def layer_norm(
     Raises TypeError for non-floating or unserved dtypes, ValueError for shapes or devices that do not fit.
     """
     _check("layer_norm", x, eps, residual, weight=weight, bias=bias)
-    plain = residual is None and all(p is None or (p.dim() == 1 and p.dtype == x.dtype) for p in (weight, bias))
-    backend = dispatch.choose("layer_norm", x, x.numel() if plain else None)
+    plain = all(p is None or (p.dim() == 1 and p.dtype == x.dtype) for p in (weight, bias))
+    backend = dispatch.choose("layer_norm", x, x.numel() if plain and residual is None else None)
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps, residual=residual)
     if backend != "torch":
         return _norm(x, weight, bias, eps, residual, 0.0, True, backend)
     h = x if residual is None else x + residual
-    given = [p for p in (weight, bias) if p is not None]
-    if all(p.dim() == 1 and p.dtype == x.dtype for p in given):
+    if plain:
         y = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
     else:
         y = F.layer_norm(wide(h), h.shape[-1:], None, None, eps)
@@ -89,11 +88,9 @@ def _check(op, x, eps, residual, **parameters):
     if residual is not None:
         check_same(op, x=x, residual=residual)
     for name, parameter in parameters.items():
-        if parameter is None:
+        if parameter is None or (beside(parameter, x) and parameter.shape == x.shape[-1:]):
             continue
         check_parameter(op, x, **{name: parameter})
-        if parameter.shape == x.shape[-1:]:
-            continue
         dims = parameter.dim()
         if not 1 <= dims <= x.dim() or parameter.shape != x.shape[x.dim() - dims :]:
             raise ValueError(
