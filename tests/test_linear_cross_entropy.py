@@ -177,7 +177,7 @@ def test_mixed_dtypes(kernel, name, x_dtype, parameters):
 
 def test_trainable_parts(kernel):
     """Each parameter alone: what needs no gradient gets none, and the others get theirs."""
-    (x, head, target), options = inputs(9, 8, 50, bias=True, rank=2)
+    (x, head, target), options = inputs(60, 72, 301, bias=True, rank=2)  # enough that PyTorch's error is no luck
     tensors = {"input": x, "linear_weight": head, **{k: v for k, v in options.items() if torch.is_tensor(v)}}
     for trained in tensors:
         given = {k: v.detach().requires_grad_(k == trained) for k, v in tensors.items()}

@@ -1,18 +1,9 @@
 import torch
+from bad_targets import test_cross_entropy_target_out_of_range  # noqa: F401
 from test_cross_entropy import *  # noqa: F403
 from test_cross_entropy import check, cross_entropy, inputs, pytest
 
 from pyfast import emulator
-
-
-def test_target_out_of_range_is_nan(kernel):
-    """A GPU's targets are not checked on the host: a bad one makes its own row NaN, and nothing is read outside."""
-    target = torch.tensor([0, 33, -1, 32, -(2**40)])
-    loss, _, dinput = torch.ops.pyfast_cuda.cross_entropy(
-        torch.randn(5, 33), target, torch.rand(33), torch.ones(5, 2, dtype=torch.float64), -100, 0.1, None
-    )
-    for result in (loss, dinput):
-        assert result.isnan().reshape(5, -1).any(1).equal(torch.tensor([False, True, True, False, True]))
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
