@@ -68,8 +68,8 @@ def find_cuda() -> Cuda | str:
     return reason
 
 
-def ninja_file(root: Path, libraries: dict[str, str]) -> str:
-    """build.ninja for `libraries` (name -> file name)."""
+def ninja_file(root: Path, libraries: dict[str, str], folder: Path = FOLDER, sanitizers: str = "") -> str:
+    """build.ninja for `libraries` (name -> file name), made in `folder`; sanitizers: flags for g++."""
     import torch
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
@@ -80,15 +80,15 @@ def ninja_file(root: Path, libraries: dict[str, str]) -> str:
     link = {"_cpu": torch_libraries, "_emu": f"{torch_libraries} -lpthread", "_info": ""}
     depfile = "  depfile = $out.d\n  deps = gcc"
     lines = [
-        f"builddir = {FOLDER}",
-        f"rule cxx\n  command = {CXX} -MMD -MF $out.d {COMMON} $flags -c $in -o $out\n{depfile}",
-        f"rule link\n  command = {CXX} -shared $in $flags -o $out",
+        f"builddir = {folder}",
+        f"rule cxx\n  command = {CXX} -MMD -MF $out.d {COMMON} {sanitizers} $flags -c $in -o $out\n{depfile}",
+        f"rule link\n  command = {CXX} -shared {sanitizers} $in $flags -o $out",
     ]
     objects: dict[str, list[str]] = {library: [] for library in libraries}
 
     def compile_(library: str, pattern: str, flags: str = "", tag: str = "", rule: str = "cxx"):
         for source in sorted(str(p.relative_to(root)) for p in root.glob(pattern)):
-            target = FOLDER / f"{source.replace('/', '_')}{tag}.o"
+            target = folder / f"{source.replace('/', '_')}{tag}.o"
             objects[library].append(str(target))
             lines.extend([f"build {target}: {rule} {source}", f"  flags = {flags}"])
 
@@ -116,6 +116,6 @@ def ninja_file(root: Path, libraries: dict[str, str]) -> str:
         version = f"-DPYFAST_TORCH_VERSION='\"{torch.__version__}\"'"
         compile_("_info", "csrc/info.cpp", f"{includes} -I{python} {version}")
     for library, file in libraries.items():
-        path = FOLDER / file
+        path = folder / file
         lines += [f"build {path}: link {' '.join(objects[library])}", f"  flags = {link[library]}", f"default {path}"]
     return "\n".join(lines) + "\n"

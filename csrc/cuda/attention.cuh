@@ -215,6 +215,7 @@ template <class T, int kDim, bool kGeneral, int kOuterTiles>
 struct OverKeys {
   using Tiles = Tiling<T, kDim, true>;
   static constexpr int kInner = Tiles::kInner, kTiles = kInner / 8;
+  static constexpr bool kGeneralScores = kGeneral;
   const Attention& a;
   const Place p;
   const int keys;
@@ -342,6 +343,32 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
   block.store(acc, factor, a.out);
 }
 
+// Calls use(probability, gradient of it, query, key, h) for each element of a tile of scores; s becomes what it returns
+// times the score's slope. h: which of a lane's two queries.
+template <class T, int kDim, class Block, int kTiles, class Use>
+__device__ __forceinline__ void visit(const Block& block, Factors& factors, const float (&maximum)[2],
+                                      const float (&log_sum)[2], float (&s)[kTiles][4], int at, int stage,
+                                      const Use& use) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = block.warp_row() + lane / 4;
+  float dp[kTiles][4] = {};
+  multiply<T, false, kDim>(s, block.memory.outer(0), warp * 16, block.memory.inner(0, stage), 0);
+  multiply<T, false, kDim>(dp, block.memory.outer(1), warp * 16, block.memory.inner(1, stage), 0);
+  const bool whole = block.all_visible(at);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int h = e / 2, i = row + h * 8, key = at + 8 * j + lane % 4 * 2 + e % 2;
+      float slope;
+      const float score = block.scores.score(s[j][e], i, key, slope);
+      const bool seen = (whole || block.scores.visible(i, key)) && score != -INFINITY;
+      const float probability = seen ? exponential<T>((score - maximum[h]) - log_sum[h]) : 0.f;
+      float d = dp[j][e];
+      if (Block::kGeneralScores && block.a.seed) d *= factors.next(block.scores.dropout_index(i, key));
+      s[j][e] = use(probability, seen ? d : 0.f, i, key, h) * slope;
+    }
+}
+
 // dq, delta (out dout summed, less the gradient of lse) and, where asked for, the gradient of the scores
 template <class T, int kDim, bool kGeneral>
 __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDim, true>::kMinBlocks)
@@ -382,31 +409,38 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
       log_sum[h] = a.log_sum[scores.row + row + 8 * h];
     }
 
+  const auto load_keys = [&](int at, int stage) { block.load_keys(at, stage); };
+  Factors factors(l);
+  if (sizeof(T) == 4 && (a.dscores || a.sinks)) {
+    // Their gradients are sums of p (dp - delta) over whole rows, which cancel: in fp32 they need a delta of the same
+    // roundings, the sum of p dp, not that of out dout.
+    double sum[2] = {0.0, 0.0};
+    walk<kInner, Block::Tiles::kStages>(block.begin(), block.end(), load_keys, [&](int at, int stage) {
+      float s[kTiles][4] = {}, part[2] = {0.f, 0.f};
+      visit<T, kDim>(block, factors, maximum, log_sum, s, at, stage,
+                     [&](float p, float d, int, int, int h) { return part[h] = fmaf(p, d, part[h]); });
+      sum[0] += part[0], sum[1] += part[1];
+    });
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+      const int i = row + 8 * h;
+      delta[h] = float(sum[h]) - (i < p.length && a.dlse ? a.dlse[scores.row + i] : 0.f);
+      if (i < p.length && lane % 4 == 0) a.delta[scores.row + i] = delta[h];
+    }
+  }
+
   // of dscores each element is written
   const int begin = a.dscores ? 0 : block.begin(), end = a.dscores ? keys : block.end();
   float acc[kDim / 8][4] = {};
-  Factors factors(l);
-  const auto load_keys = [&](int at, int stage) { block.load_keys(at, stage); };
   walk<kInner, Block::Tiles::kStages>(begin, end, load_keys, [&](int at, int stage) {
-    float s[kTiles][4] = {}, dp[kTiles][4] = {};
-    multiply<T, false, kDim>(s, block.memory.outer(0), warp * 16, block.memory.inner(0, stage), 0);
-    multiply<T, false, kDim>(dp, block.memory.outer(1), warp * 16, block.memory.inner(1, stage), 0);
-    const bool whole = block.all_visible(at);
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int h = e / 2, i = row + h * 8, key = at + 8 * j + lane % 4 * 2 + e % 2;
-        float slope;
-        const float score = scores.score(s[j][e], i, key, slope);
-        const bool seen = (whole || scores.visible(i, key)) && score != -INFINITY;
-        const float probability = seen ? exponential<T>((score - maximum[h]) - log_sum[h]) : 0.f;
-        float d = dp[j][e];
-        if (kGeneral && a.seed) d *= factors.next(scores.dropout_index(i, key));
-        const float ds = seen ? probability * (d - delta[h]) : 0.f;
-        if (kGeneral && a.dscores && i < p.length && key < keys) a.dscores[(scores.row + i) * a.sk + key] = ds;
-        s[j][e] = ds * slope;
-      }
+    float s[kTiles][4] = {};
+    visit<T, kDim>(block, factors, maximum, log_sum, s, at, stage, [&](float p, float d, int i, int key, int h) {
+      const float ds = p * (d - delta[h]);
+      if (kGeneral && a.dscores && i < block.p.length && key < keys) a.dscores[(scores.row + i) * a.sk + key] = ds;
+      return ds;
+    });
     multiply<T, kInner>(acc, s, block.memory.scratch(), block.memory.inner(0, stage), 0);
   });
   const float factor[2] = {a.scale, a.scale};
