@@ -2,7 +2,7 @@
 //
 // Rows that count are listed first, in order; their number stays on the GPU. Then, for as many rows at a time as the
 // memory holds (logits_bytes, 200 MB):
-//   1. h = s x A^T                          where the head has an adapter, which is 16 more terms of the next product
+//   1. h = s x A^T                          where the head has an adapter, which is `rank` more terms of the next sum
 //   2. x W^T + h B^T, rows gathered         its epilogue leaves of each row, in each tile of classes, the largest logit
 //                                           m_t and sum exp(z - m_t), the target's logit, and e = exp(z - m_t) in T
 //   3. a row's tiles become its loss, and factors of its gradient
@@ -13,11 +13,14 @@
 // the epilogue are QuACK's idea, the gradient in the forward Liger-Kernel's. With softcap, whose slope needs them, the
 // logits themselves are kept, in fp32. Nothing is added atomically: the same inputs give the same bits.
 //
-// Tiling and shared memory: gemm.cuh's; the others need less than 3 KB.
-// Bound: two products, 4 rows V K FLOP (8,192 rows of K = 4,096 and V = 128,256: 17 TFLOP, 43 ms at the 400 TFLOP/s
-// that mma.sync may reach on an H100, 22 ms at wgmma's 800; 86 ms at 200 on an A100). Beside them 3 and 4 read e
-// once and write d in its place, 4 rows V bytes (4.2 GB, 1.4 ms at 3.0 TB/s): 1.03 times two products with mma.sync.
-// W is read twice for each 200 MB of e. A trained head adds a product, and 8 V K bytes per 200 MB. Bounds on paper.
+// The products are our own because cuBLAS cannot stop at a number that only the GPU knows. On sm_90a the two large ones
+// of a frozen head are gemm90.cuh's where TMA can copy W (and B and A), x's rows having been gathered by a copy; dW is
+// gemm.cuh's. Tiling and shared memory are theirs; the other kernels need 8 KB or less.
+// Bound: two products, 4 rows V K FLOP. 8,192 rows of K = 4,096 and V = 128,256 are 17 TFLOP: 22 ms at the 800 TFLOP/s
+// of an H100's wgmma, 43 ms at the 400 that mma.sync may reach there, 86 ms at 200 on an A100. 3 and 4 read e and write
+// d in its place, 4 rows V bytes (4.2 GB, 1.4 ms at 3.0 TB/s): 1.06, 1.03 and 1.03 times the two products (A100: 1.5
+// TB/s). A chunk of 768 rows there makes 96 tiles of dx for 132 processors, and so a third more time for that product.
+// A trained head adds a product, and 8 V K bytes for each chunk. These are bounds on paper.
 #pragma once
 #include "cuda/gemm90.cuh"
 #include "cuda/linear_cross_entropy.h"
