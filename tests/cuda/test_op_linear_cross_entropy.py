@@ -2,7 +2,7 @@ import torch
 from bad_targets import test_linear_cross_entropy_target_out_of_range  # noqa: F401
 from harness import run
 from test_linear_cross_entropy import *  # noqa: F403
-from test_linear_cross_entropy import OPTIONS, check_rule, inputs, linear_cross_entropy, pytest
+from test_linear_cross_entropy import OPTIONS, check, check_rule, inputs, linear_cross_entropy, pytest
 
 from pyfast import emulator
 
