@@ -1,5 +1,8 @@
 """The CUDA kernels behind the public ops: chosen only where they should be, and understood by torch.compile."""
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import calls
@@ -160,6 +163,18 @@ def test_compile_lora(dynamic):
         args = [torch.randn(rows, 64).bfloat16().requires_grad_(), torch.tensor(rows)]
         eager = run(op, args, backend="cuda")
         torch.testing.assert_close(run(compiled, args, backend="cuda")[:2], eager[:2], rtol=0, atol=0)
+
+
+def test_only_the_stable_abi_is_used():
+    """One build serves every torch from 2.11 on, and none with CUDA is needed to load it: of torch it names the C shim
+    alone, and of CUDA nothing."""
+    library = next(Path(pyfast.__file__).parent.glob("_cuda.*so"), None)
+    if library is None or shutil.which("nm") is None:
+        pytest.skip("_cuda was not built, or binutils are missing")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not [name for name in names if re.search(r"^_Z.*(2at|3c10|5torch)|^cu|^nv", name)]
 
 
 def test_bad_emulation():
