@@ -81,6 +81,7 @@ def test_saving_keeps_what_other_ops_saved(tmp_path, monkeypatch, capsys):
     )
     assert json.loads(capsys.readouterr().out.splitlines()[-2]) == LIMITS
     before = (folder / "cross_entropy.json").read_text()
+    monkeypatch.setattr("benchmarks.charts.draw", lambda *_: [])
     main(["cross_entropy", "--skip", "compile", "--only", "bf16 512 × 200", "--save", str(tmp_path)])
     again = json.loads((folder / "cross_entropy.json").read_text())["rows"]
     labels = [(row["case"], row["variant"]) for row in again]
