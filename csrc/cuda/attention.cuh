@@ -186,7 +186,7 @@ struct Factors {
 
 // A block's shared memory: its outer tiles, the ring of pairs of inner tiles, and each warp's scratch
 template <class T, class Tiles, int kOuterTiles>
-struct Memory {
+struct AttentionMemory {
   using Outer = typename Tiles::OuterTile;
   using Inner = typename Tiles::InnerTile;
   unsigned char* shared;
@@ -220,7 +220,7 @@ struct OverKeys {
   const Place p;
   const int keys;
   const Scores<kGeneral> scores;
-  const Memory<T, Tiles, kOuterTiles> memory;
+  const AttentionMemory<T, Tiles, kOuterTiles> memory;
 
   __device__ __forceinline__ OverKeys(const AttentionLaunch& l, unsigned char* shared)
       : a(l.a),
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, false>::kThreads, Tiling<T, kD
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, queries = p.other_length > 0 ? p.other_length : 0;
   const int warp_row = warp % (Tiles::kOuter / 16) * 16, column = warp / (Tiles::kOuter / 16) * kColumns;
 
-  const Memory<T, Tiles, 2> memory{shared};
+  const AttentionMemory<T, Tiles, 2> memory{shared};
   {
     const Scores<kGeneral> scores(a, p.batch, 0, 0, queries, p.length);
     const auto there = [&](int row) { return scores.counts(p.first + row); };
