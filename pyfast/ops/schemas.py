@@ -190,7 +190,7 @@ def _(input, target, weight, upstream, ignore_index, label_smoothing, softcap):
 )
 def _(input, linear_weight, linear_bias, lora_A, lora_B, target, weight, upstream, *options):
     """The parameters have input's dtype and any strides; their gradients are fp32. The logits (the
-    Triton kernel's exponentials of them) of at most logits_bytes, or of 16 rows, exist at a time."""
+    GPU kernels' exponentials of them) of at most logits_bytes, or of 16 rows, exist at a time."""
     loss = input.new_empty(target.shape[0], dtype=torch.float64)
     needs = options[-1] if upstream is not None else [False] * 5
     gradients = [
