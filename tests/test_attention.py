@@ -40,7 +40,7 @@ CASES = {
     "bias-over-batch": ((3, 4, 2, 60, 70, 32), {"bias": (1, 4, 60, 70), "causal": True}),
     "bias-over-heads": ((2, 4, 2, 40, 70, 32), {"bias": (2, 1, 40, 70)}),
     "bias-of-keys": ((2, 2, 1, 40, 70, 32), {"bias": (2, 1, 1, 70)}),
-    "bias-of-queries": ((2, 2, 2, 40, 70, 32), {"bias": (40, 1), "sinks": 0.0}),
+    "bias-of-queries": ((2, 16, 2, 40, 70, 32), {"bias": (40, 1), "sinks": 0.0}),
     "bias-of-heads": ((2, 8, 2, 40, 70, 32), {"bias": (8, 1, 1), "sinks": 0.0}),
     "padding": ((3, 2, 1, 50, 90, 32), {"mask": "random"}),
     "padding-causal": ((2, 2, 1, 90, 90, 32), {"mask": "padded", "causal": True}),

@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
 // times the score's slope. h: which of a lane's two queries.
 template <class T, int kDim, class Block, int kTiles, class Use>
 __device__ __forceinline__ void visit(const Block& block, Factors& factors, const float (&maximum)[2],
-                                      const float (&log_sum)[2], float (&s)[kTiles][4], int at, int stage,
+                                      const float (&inverse_sum)[2], float (&s)[kTiles][4], int at, int stage,
                                       const Use& use) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = block.warp_row() + lane / 4;
   float dp[kTiles][4] = {};
@@ -362,7 +362,7 @@ __device__ __forceinline__ void visit(const Block& block, Factors& factors, cons
       float slope;
       const float score = block.scores.score(s[j][e], i, key, slope);
       const bool seen = (whole || block.scores.visible(i, key)) && score != -INFINITY;
-      const float probability = seen ? exponential<T>((score - maximum[h]) - log_sum[h]) : 0.f;
+      const float probability = seen ? exponential<T>(score - maximum[h]) * inverse_sum[h] : 0.f;
       float d = dp[j][e];
       if (Block::kGeneralScores && block.a.seed) d *= factors.next(block.scores.dropout_index(i, key));
       s[j][e] = use(probability, seen ? d : 0.f, i, key, h) * slope;
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = block.keys;
   const int row = block.warp_row() + lane / 4;
-  float delta[2] = {0.f, 0.f}, maximum[2] = {0.f, 0.f}, log_sum[2] = {0.f, 0.f};
+  float delta[2] = {0.f, 0.f}, maximum[2] = {0.f, 0.f}, inverse_sum[2] = {0.f, 0.f};
   using Sum = std::conditional_t<sizeof(T) == 4, double, float>;  // dp - delta cancels: fp32 needs delta's last bits
   for (int r = 0; r < 16; ++r) {                                  // a warp sums one row after the other
     const int i = block.warp_row() + r;
@@ -406,7 +406,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
   for (int h = 0; h < 2; ++h)
     if (row + 8 * h < p.length) {
       maximum[h] = a.maximum[scores.row + row + 8 * h];
-      log_sum[h] = a.log_sum[scores.row + row + 8 * h];
+      inverse_sum[h] = expf(-a.log_sum[scores.row + row + 8 * h]);
     }
 
   const auto load_keys = [&](int at, int stage) { block.load_keys(at, stage); };
@@ -417,7 +417,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
     double sum[2] = {0.0, 0.0};
     walk<kInner, Block::Tiles::kStages>(block.begin(), block.end(), load_keys, [&](int at, int stage) {
       float s[kTiles][4] = {}, part[2] = {0.f, 0.f};
-      visit<T, kDim>(block, factors, maximum, log_sum, s, at, stage,
+      visit<T, kDim>(block, factors, maximum, inverse_sum, s, at, stage,
                      [&](float p, float d, int, int, int h) { return part[h] = fmaf(p, d, part[h]); });
       sum[0] += part[0], sum[1] += part[1];
     });
@@ -436,7 +436,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
   float acc[kDim / 8][4] = {};
   walk<kInner, Block::Tiles::kStages>(begin, end, load_keys, [&](int at, int stage) {
     float s[kTiles][4] = {};
-    visit<T, kDim>(block, factors, maximum, log_sum, s, at, stage, [&](float p, float d, int i, int key, int h) {
+    visit<T, kDim>(block, factors, maximum, inverse_sum, s, at, stage, [&](float p, float d, int i, int key, int h) {
       const float ds = p * (d - delta[h]);
       if (kGeneral && a.dscores && i < block.p.length && key < keys) a.dscores[(scores.row + i) * a.sk + key] = ds;
       return ds;
