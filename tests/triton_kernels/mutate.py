@@ -101,7 +101,7 @@ MUTATIONS = [
     Mutation("dropped elements", "dropout", "x * scale, 0.0", "x * scale, x", "test_mask_is_philox"),
     Mutation("dropout unscaled", "dropout", "x * scale", "x", "test_error_rule"),
     Mutation("the nibbles", "quantized", "byte >> 4, byte & 15", "byte & 15, byte >> 4", "test_quantized and nf4"),
-    Mutation("the tile's scale", "quantized", "at // k // block_rows", "at // k", "test_quantized and fp8_tiles"),
+    Mutation("the tile's scale", "quantized", "row // block_rows *", "row *", "test_quantized and fp8_tiles"),
     Mutation("limit too early", "linear_cross_entropy", "(counted - begin)", "(counted - begin - 64)", RULE),
     Mutation("ignored rows multiplied", "linear_cross_entropy", "torch.where(ignored[at, None], 0, input[at])",
              "input[at]", "ignored_rows"),
