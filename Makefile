@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN    := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: env build test test-all lint format demo bench gpu gpu-test gpu-bench clean
+.PHONY: env build test test-all sanitize lint format demo bench gpu gpu-test gpu-bench clean
 
 # A torch that the interpreter already sees and that is in range is kept, and its triton; otherwise constraints.txt pins one with a CPU build.
 env: $(VENV)/.ready
@@ -31,6 +31,10 @@ test: build
 
 test-all: build
 	$(RUN) -m pytest -q --durations=15
+
+# the CUDA kernels on the emulator under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: build
+	$(RUN) tests/cuda/sanitize.py
 
 lint: env
 	$(RUN) -m ruff check .

@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
   block.load_queries(0, a.q);
   block.load_queries(1, a.dout);
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = block.keys;
+  const int lane = threadIdx.x % 32, keys = block.keys;
   const int row = block.warp_row() + lane / 4;
   float delta[2] = {0.f, 0.f}, maximum[2] = {0.f, 0.f}, inverse_sum[2] = {0.f, 0.f};
   using Sum = std::conditional_t<sizeof(T) == 4, double, float>;  // dp - delta cancels: fp32 needs delta's last bits

@@ -1,0 +1,48 @@
+"""`_cuda` as it was linked: what it asks of torch, and what its kernels take of a GPU. Read from the file: no GPU."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyfast
+from benchmarks import cuda_resources
+
+HEADERS = ("csrc/stable/c/shim.h", "csrc/inductor/aoti_torch/c/shim.h")
+
+
+@pytest.fixture(scope="module")
+def library():
+    found = next(Path(pyfast.__file__).parent.glob("_cuda.*so"), None)
+    if found is None:
+        pytest.skip("the CUDA kernels are not built here: no nvcc was found when PyFast was built")
+    return found
+
+
+def test_asks_torch_for_its_stable_abi_only(library):
+    """So that one build serves every torch from 2.11: of torch, plain C functions of the stable headers; of CUDA and
+    cuBLAS, which torch may not have, none."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm, which lists a library's symbols, is not installed")
+    listed = subprocess.run([nm, "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[1].split("@")[0] for line in listed.splitlines()}
+    torchs = {name for name in names if re.search(r"torch|c10|2at\d", name)}
+    include = Path(torch.__file__).parent / "include" / "torch"
+    declared = set(re.findall(r"\b(?:aoti_)?torch_\w+", "".join((include / h).read_text() for h in HEADERS)))
+    assert len(torchs) > 10 and torchs <= declared
+    assert not {name for name in names if name.startswith("cu")}
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(library):
+    """No local memory, and the instructions that a kernel is written for, on each architecture."""
+    try:
+        tables = cuda_resources.tables(library)
+    except SystemExit as error:
+        pytest.skip(str(error))
+    assert set(tables) == {"sm_80", "sm_90a"}
+    assert {arch: cuda_resources.faults(rows) for arch, rows in tables.items()} == {arch: [] for arch in tables}
