@@ -11,7 +11,12 @@ import torch
 import pyfast
 from benchmarks import cuda_resources
 
-HEADERS = ("csrc/stable/c/shim.h", "csrc/inductor/aoti_torch/c/shim.h")
+#: what torch/csrc/stable/ops.h calls
+HEADERS = (
+    "csrc/stable/c/shim.h",
+    "csrc/inductor/aoti_torch/c/shim.h",
+    "csrc/inductor/aoti_torch/generated/c_shim_aten.h",
+)
 
 
 @pytest.fixture(scope="module")
