@@ -13,15 +13,13 @@
 #include "binding/activation.h"
 #include "binding/binding.h"
 #include "binding/gemm.h"
+#include "binding/lora.h"
 #include "cpu/activation.h"
 #include "cpu/linear.h"
 #include "cpu/rows.h"
 
 namespace pyfast {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-using Optionals = std::vector<std::optional<Tensor>>;
 
 Matrix matrix(const Tensor& t, bool transpose = false) {
   int64_t rows = t.size(0), columns = t.size(1), row_stride = t.stride(0), column_stride = t.stride(1);
@@ -53,73 +51,14 @@ std::optional<avx512::LinearTerm> linear_term(const Tensor& x, const Tensor& w, 
   return avx512::LinearTerm{x.const_data_ptr(), w.const_data_ptr(), depth, ldw, across != 1};
 }
 
-// One projection's arguments, checked.
-struct Projection {
-  const Tensor& weight;
-  const std::optional<Tensor>&lora_A, &lora_B, &bias;
-  double scaling;
-  DropoutArgs dropout;
-  int64_t n, r, offset;  // offset: this adapter's first column in H
-
-  Matrix A(bool transpose = false) const { return matrix(*lora_A, transpose); }
-  Matrix B(bool transpose = false) const { return matrix(*lora_B, transpose); }
-};
-
-struct Projections {
-  std::vector<Projection> each;
-  int64_t rank = 0;  // of all adapters together
-
-  int64_t k = 0;
-  DType dtype;
-
-  Projections(const Tensors& weight, const Optionals& lora_A, const Optionals& lora_B,
-              const std::vector<double>& scaling, const Optionals& bias, double dropout_p, const Optionals& seed) {
-    const size_t count = weight.size();
-    STD_TORCH_CHECK(count > 0 && lora_A.size() == count && lora_B.size() == count && scaling.size() == count &&
-                        bias.size() == count && seed.size() == count,
-                    "weight, lora_A, lora_B, scaling, bias and seed differ in length, or are empty");
-    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "expected 0 <= dropout_p < 1");
-    dtype = dtype_of(weight[0]);
-    for (size_t i = 0; i < count; ++i) {
-      CHECK_SAME_DTYPE(weight[i], weight[0]);
-      STD_TORCH_CHECK(weight[i].dim() == 2, "weight has shape ", shape_of(weight[i]), ", expected (n, k)");
-      k = weight[0].size(1);
-      const int64_t n = weight[i].size(0);
-      CHECK_SHAPE(weight[i], n, k);
-      int64_t r = 0;
-      STD_TORCH_CHECK(lora_A[i].has_value() == lora_B[i].has_value(), "lora_A and lora_B go together");
-      DropoutArgs dropout{0, 0};
-      if (lora_A[i]) {
-        const Tensor &A = *lora_A[i], &B = *lora_B[i];
-        STD_TORCH_CHECK(A.dim() == 2 && A.size(0) > 0, "lora_A has shape ", shape_of(A), ", expected (r, k), r > 0");
-        r = A.size(0);
-        CHECK_SHAPE(A, r, k);
-        CHECK_SHAPE(B, n, r);
-        if (dropout_p > 0) {
-          STD_TORCH_CHECK(seed[i] && seed[i]->numel() == 1 && seed[i]->scalar_type() == ScalarType::Long,
-                          "seed must be one int64 where dropout_p > 0");
-          dropout = {dropout_p, uint64_t(*static_cast<const int64_t*>(seed[i]->const_data_ptr()))};
-        }
-      }
-      if (bias[i]) CHECK_SHAPE(*bias[i], n);
-      each.push_back({weight[i], lora_A[i], lora_B[i], bias[i], scaling[i], dropout, n, r, rank});
-      rank += r;
-    }
-  }
-
-  void check_input(const Tensor& x) const {
-    STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_of(x), ", expected (rows, k)");
-    CHECK_SHAPE(x, x.size(0), k);
-    CHECK_CONTIGUOUS(x);
-    STD_TORCH_CHECK(dtype_of(x) == dtype, "x and weight differ in dtype");
-  }
-
-  bool dropout() const {
-    for (const Projection& p : each)
-      if (p.dropout.p > 0) return true;
-    return false;
-  }
-};
+DropoutArgs dropout_of(const Projections& projections, const Projection& p) {
+  return p.seed ? DropoutArgs{projections.dropout_p, uint64_t(*p.seed)} : DropoutArgs{0, 0};
+}
+bool any_dropout(const Projections& projections) {
+  for (const Projection& p : projections.each)
+    if (p.seed) return true;
+  return false;
+}
 
 // out[i, :] = dropout(x)[i, :] panel, for one adapter's columns of the panel or, without dropout, for all at once
 void add_down(const Tensor& x, const Projections& projections, const Panel& panel, float* h) {
@@ -127,15 +66,15 @@ void add_down(const Tensor& x, const Projections& projections, const Panel& pane
   const auto down = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
     lora_down(dtype_of(x), x.const_data_ptr(), rows, k, dropout, panel.data + offset, panel.ld, r, h + offset, rank);
   };
-  if (!projections.dropout()) return down({0, 0}, 0, rank);
+  if (!any_dropout(projections)) return down({0, 0}, 0, rank);
   for (const Projection& p : projections.each)
-    if (p.r) down(p.dropout, p.offset, p.r);
+    if (p.r) down(dropout_of(projections, p), p.offset, p.r);
 }
 
 std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Optionals lora_A, Optionals lora_B,
                                              std::vector<double> scaling, Optionals bias, double dropout_p,
                                              Optionals seed) {
-  const Projections projections(weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
+  const Projections projections({}, weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
   projections.check_input(x);
   const int64_t rows = x.size(0), k = x.size(1), rank = projections.rank;
   Tensor h = torch::stable::new_empty(x, {rows, rank}, ScalarType::Float);
@@ -143,14 +82,14 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
   if (rank) {
     Panel a(k, rank);
     for (const Projection& p : projections.each)
-      if (p.r) lora_pack(p.A(true), 1.f, a.data + p.offset, a.ld);
+      if (p.r) lora_pack(matrix(*p.lora_A, true), 1.f, a.data + p.offset, a.ld);
     add_down(x, projections, a, h_data);
   }
   Tensors results;
   for (const Projection& p : projections.each) {
     Tensor y = new_result(x, {rows, p.n});
     Panel b(p.r + 1, p.n);  // s B^T, and the bias as its last row
-    if (p.r) lora_pack(p.B(true), float(p.scaling), b.data, b.ld);
+    if (p.r) lora_pack(matrix(*p.lora_B, true), float(p.scaling), b.data, b.ld);
     float* bias = p.bias ? b.data + p.r * b.ld : nullptr;
     if (bias) lora_pack({dtype_of(*p.bias), p.bias->mutable_data_ptr(), 1, p.n, 0, p.bias->stride(0)}, 1.f, bias, b.ld);
     if (const auto term = linear_term(x, p.weight, true)) {
@@ -173,28 +112,16 @@ template <class F>
 Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tensor> h, Tensors weight, Optionals lora_A,
                          Optionals lora_B, std::vector<double> scaling, Optionals bias, double dropout_p,
                          Optionals seed, std::vector<bool> wanted, const F& after_dx) {
-  const Projections projections(weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
-  STD_TORCH_CHECK(dy.size() == weight.size() && wanted.size() == 1 + 4 * weight.size() && dy[0].dim() == 2,
-                  "dy and wanted do not fit the number of weights, or dy[0] is no matrix");
+  const Projections projections({}, weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
+  projections.check_gradients(dy, h, wanted);
   const Tensor& like = weight[0];
   const int64_t rows = dy[0].size(0), k = projections.k, rank = projections.rank;
   const DType t = projections.dtype;
-  if (h) {
-    CHECK_SHAPE(*h, rows, rank);
-    CHECK_CONTIGUOUS(h.value());
-    STD_TORCH_CHECK(h->scalar_type() == ScalarType::Float, "h must be float32");
-  }
   const float* h_data = h ? static_cast<const float*>(h->const_data_ptr()) : nullptr;
   const auto want = [&](size_t i, int which) { return bool(wanted[1 + 4 * i + which]); };
 
   bool want_dh = wanted[0], want_x = false;
   for (size_t i = 0; i < projections.each.size(); ++i) {
-    const Projection& p = projections.each[i];
-    CHECK_SHAPE(dy[i], rows, p.n);
-    CHECK_CONTIGUOUS(dy[i]);
-    CHECK_SAME_DTYPE(dy[i], like);
-    STD_TORCH_CHECK((p.r || !want(i, 1)) && ((p.r && h) || !want(i, 2)) && (p.bias || !want(i, 3)),
-                    "an input of a wanted gradient is missing");
     want_dh = want_dh || want(i, 1);
     want_x = want_x || want(i, 0) || want(i, 1);
   }
@@ -205,7 +132,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
       const Projection& p = projections.each[i];
       if (!p.r) continue;
       Panel b(p.n, p.r);
-      lora_pack(p.B(), float(p.scaling), b.data, b.ld);
+      lora_pack(matrix(*p.lora_B), float(p.scaling), b.data, b.ld);
       lora_down(t, dy[i].const_data_ptr(), rows, p.n, {0, 0}, b.data, b.ld, p.r, dh_data + p.offset, rank);
     }
   }
@@ -220,17 +147,17 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     bool written = false;
     Panel a(rank, k);
     for (const Projection& p : projections.each)
-      if (p.r) lora_pack(p.A(), 1.f, a.data + p.offset * a.ld, a.ld);
+      if (p.r) lora_pack(matrix(*p.lora_A), 1.f, a.data + p.offset * a.ld, a.ld);
     const auto up = [&](DropoutArgs dropout, int64_t offset, int64_t r) {
       lora_up(t, dx.mutable_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, a.data + offset * a.ld, nullptr,
               written);
       written = true;
     };
-    if (rank && !projections.dropout() && !together) up({0, 0}, 0, rank);
+    if (rank && !any_dropout(projections) && !together) up({0, 0}, 0, rank);
     for (const Projection& p : projections.each)
-      if (p.r && p.dropout.p > 0) up(p.dropout, p.offset, p.r);
+      if (p.r && p.seed) up(dropout_of(projections, p), p.offset, p.r);
     if (together) {
-      avx512::linear(terms.data(), terms.size(), rows, k, dh_data, rank, projections.dropout() ? 0 : rank, a.data,
+      avx512::linear(terms.data(), terms.size(), rows, k, dh_data, rank, any_dropout(projections) ? 0 : rank, a.data,
                      nullptr, written, dx.mutable_data_ptr());
     } else {
       for (size_t i = 0; i < projections.each.size(); ++i) {
@@ -255,9 +182,9 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
       lora_outer(t, x->const_data_ptr(), rows, k, dropout, dh_data + offset, rank, r, da.data + offset * da.ld,
                  nullptr);
     };
-    if (!projections.dropout()) outer({0, 0}, 0, rank);
+    if (!any_dropout(projections)) outer({0, 0}, 0, rank);
     for (const Projection& p : projections.each)
-      if (p.r && p.dropout.p > 0) outer(p.dropout, p.offset, p.r);
+      if (p.r && p.seed) outer(dropout_of(projections, p), p.offset, p.r);
   }
 
   for (size_t i = 0; i < projections.each.size(); ++i) {
@@ -302,17 +229,7 @@ Tensors lora_linears_backward_cpu(Tensors dy, std::optional<Tensor> x, std::opti
                           [](Tensor&, std::optional<Tensor>&) {});
 }
 
-// ---- mlp: the last projection is down, the ones before it are gate and up, or up alone
-
-template <class T>
-std::vector<T> first(const std::vector<T>& all) {
-  STD_TORCH_CHECK(all.size() == 2 || all.size() == 3, "expected gate, up and down, or up and down");
-  return {all.begin(), all.end() - 1};
-}
-template <class T>
-std::vector<T> last(const std::vector<T>& all) {
-  return {all.back()};
-}
+// ---- mlp
 
 // Without a gate, up's bias is not in its hidden product: the activation adds it, in the same pass.
 std::optional<Tensor> up_bias(const Tensors& hidden, const Optionals& bias) {
@@ -357,37 +274,25 @@ Tensors lora_mlp_backward_cpu(const Tensor& dy, std::optional<Tensor> x, Tensors
                               std::optional<Tensor> h_down, Tensors weight, Optionals lora_A, Optionals lora_B,
                               std::vector<double> scaling, Optionals bias, double dropout_p, Optionals seed,
                               std::string activation_name, std::vector<bool> wanted) {
-  STD_TORCH_CHECK(!hidden.empty() && wanted.size() == 1 + 4 * weight.size() && hidden.size() + 1 == weight.size() &&
-                      bias.size() == weight.size(),
-                  "hidden and wanted do not fit the number of weights");
+  WantedOfMlp parts(dy, hidden, weight, bias, wanted);
+  const bool want_a = parts.activation();
   const Activation activation = activation_of(activation_name);
   const Tensor& up = hidden.back();
   const int64_t rows = up.size(0), columns = up.size(1);
   const DType t = dtype_of(up);
-  CHECK_SHAPE(up, dy.size(0), weight.back().size(1));
-  for (const Tensor& product : hidden) {
-    CHECK_CONTIGUOUS(product);
-    CHECK_SAME_DTYPE(product, dy);
-    CHECK_SHAPE(product, rows, columns);
-  }
   const bool gated_mlp = hidden.size() == 2;
   const std::optional<Tensor> b = up_bias(hidden, bias);
-  std::vector<bool> wanted_first(wanted.begin(), wanted.end() - 4), wanted_down(wanted.end() - 4, wanted.end());
-  bool below = false;
-  for (bool w : wanted_first) below = below || w;
-  wanted_down.insert(wanted_down.begin(), below);
-  const bool want_a = wanted_down[1] || wanted_down[2];
 
   // up's bias gradient is summed beside the activation where no dB's pass could take it along
   std::optional<Tensor> dbias;
   if (!gated_mlp && wanted[4] && !wanted[3]) {
     STD_TORCH_CHECK(bias[0], "an input of a wanted gradient is missing");
     dbias = torch::stable::new_empty(*bias[0], {columns});
-    wanted_first[4] = false;
+    parts.first[4] = false;
   }
 
   std::optional<Tensor> a;
-  if (want_a && (gated_mlp || !below)) a = activate_hidden(hidden, activation, b);
+  if (want_a && (gated_mlp || !parts.below)) a = activate_hidden(hidden, activation, b);
   // the gradient of the activation's result becomes that of its input in place, and the result itself is computed on
   // the way where there is no gate
   const auto through_activation = [&](Tensor& d, std::optional<Tensor>& a) {
@@ -400,8 +305,8 @@ Tensors lora_mlp_backward_cpu(const Tensor& dy, std::optional<Tensor> x, Tensors
                       dbias ? dbias->mutable_data_ptr() : nullptr, rows, columns);
   };
   Tensors down = linears_backward({dy}, a, h_down, last(weight), last(lora_A), last(lora_B), last(scaling), last(bias),
-                                  dropout_p, last(seed), wanted_down, through_activation);
-  if (!below) return down;
+                                  dropout_p, last(seed), parts.down, through_activation);
+  if (!parts.below) return down;
 
   Tensors dhidden = {down[0]};
   if (gated_mlp) {  // a's memory takes the second gradient
@@ -413,7 +318,7 @@ Tensors lora_mlp_backward_cpu(const Tensor& dy, std::optional<Tensor> x, Tensors
     dhidden.push_back(dup);
   }
   Tensors results = lora_linears_backward_cpu(dhidden, x, h, first(weight), first(lora_A), first(lora_B),
-                                              first(scaling), first(bias), dropout_p, first(seed), wanted_first);
+                                              first(scaling), first(bias), dropout_p, first(seed), parts.first);
   if (dbias) results.push_back(*dbias);  // the last of up's
   results.insert(results.end(), down.begin() + 1, down.end());
   return results;

@@ -19,7 +19,8 @@ def test_rows_that_begin_anywhere(kernel, offset, label_smoothing):
         options = (target, None, upstream, -100, label_smoothing, None)
         results = [torch.ops.pyfast_cuda.cross_entropy(x, *options) for x in (sliced, copied)]
         for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+            # sums begin elsewhere in a row: a rounding or two of each result's own dtype
+            torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
         check(cross_entropy, [copied.requires_grad_(), target], {"label_smoothing": label_smoothing}, *kernel)
 
 

@@ -5,75 +5,15 @@
 
 #include "binding/activation.h"
 #include "binding/cuda/gemm.h"
+#include "binding/lora.h"
 
 namespace pyfast {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using Optionals = std::vector<std::optional<Tensor>>;
-
-// One projection's arguments, checked
-struct Projection {
-  const Tensor& weight;
-  const std::optional<Tensor>&lora_A, &lora_B, &bias;
-  float scaling;
-  const int64_t* seed;   // on the device
-  int64_t n, r, column;  // column: its first in h
-};
-
-struct Projections {
-  std::vector<Projection> each;
-  int64_t rank = 0, k = 0;  // rank: of all adapters together
-  DType dtype;
-  double dropout_p;
-
-  // columns: of every weight but those that have none
-  Projections(std::optional<int64_t> columns, const Tensors& weight, const Optionals& lora_A, const Optionals& lora_B,
-              const std::vector<double>& scaling, const Optionals& bias, double dropout_p, const Optionals& seed)
-      : dropout_p(dropout_p) {
-    const size_t count = weight.size();
-    STD_TORCH_CHECK(count > 0 && lora_A.size() == count && lora_B.size() == count && scaling.size() == count &&
-                        bias.size() == count && seed.size() == count,
-                    "weight, lora_A, lora_B, scaling, bias and seed differ in length, or are empty");
-    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "expected 0 <= dropout_p < 1");
-    dtype = dtype_of(weight[0]);
-    STD_TORCH_CHECK(weight[0].dim() == 2, "weight has shape ", shape_of(weight[0]), ", expected (n, k)");
-    k = columns.value_or(weight[0].size(1));
-    for (size_t i = 0; i < count; ++i) {
-      CHECK_SAME_DTYPE(weight[i], weight[0]);
-      STD_TORCH_CHECK(weight[i].dim() == 2, "weight has shape ", shape_of(weight[i]), ", expected (n, k)");
-      const int64_t n = weight[i].size(0);
-      if (!(columns && weight[i].size(1) == 0)) CHECK_SHAPE(weight[i], n, k);
-      STD_TORCH_CHECK(lora_A[i].has_value() == lora_B[i].has_value(), "lora_A and lora_B go together");
-      int64_t r = 0;
-      const int64_t* at = nullptr;
-      if (lora_A[i]) {
-        const Tensor &A = *lora_A[i], &B = *lora_B[i];
-        STD_TORCH_CHECK(A.dim() == 2 && A.size(0) > 0, "lora_A has shape ", shape_of(A), ", expected (r, k), r > 0");
-        r = A.size(0);
-        CHECK_SHAPE(A, r, k);
-        CHECK_SHAPE(B, n, r);
-        if (dropout_p > 0) {
-          STD_TORCH_CHECK(seed[i] && seed[i]->numel() == 1 && seed[i]->scalar_type() == ScalarType::Long,
-                          "seed must be one int64 where dropout_p > 0");
-          at = static_cast<const int64_t*>(seed[i]->const_data_ptr());
-        }
-      }
-      if (bias[i]) CHECK_SHAPE(*bias[i], n);
-      each.push_back({weight[i], lora_A[i], lora_B[i], bias[i], float(scaling[i]), at, n, r, rank});
-      rank += r;
-    }
-    STD_TORCH_CHECK(k < int64_t(1) << 30 && rank < int64_t(1) << 30, "expected less than 2^30 columns");
-  }
-
-  void check_input(const Tensor& x) const {
-    STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_of(x), ", expected (rows, k)");
-    CHECK_SHAPE(x, x.size(0), k);
-    CHECK_CONTIGUOUS(x);
-    STD_TORCH_CHECK(dtype_of(x) == dtype, "x and weight differ in dtype");
-  }
-  float kept_scale() const { return float(1.0 / (1.0 - dropout_p)); }
-};
+void check_columns(const Projections& projections) {
+  STD_TORCH_CHECK(projections.k < int64_t(1) << 30 && projections.rank < int64_t(1) << 30,
+                  "expected less than 2^30 columns");
+}
 
 // Thin matrices under each other, as kernels take them
 struct Panel {
@@ -163,6 +103,8 @@ std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Option
                                          Optionals seed) {
   STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_of(x), ", expected (rows, k)");
   const Projections projections(x.size(1), weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
+  check_columns(projections);
+  const float kept_scale = float(1.0 / (1.0 - dropout_p));
   projections.check_input(x);
   const int64_t rows = x.size(0), rank = projections.rank;
   const OnDevice device(x);
@@ -171,7 +113,7 @@ std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Option
   if (rank) {
     Panel panel(projections.dtype, projections.k);
     for (const Projection& p : projections.each)
-      if (p.r) panel.add(*p.lora_A, false, p.column, projections.kept_scale(), p.seed);
+      if (p.r) panel.add(*p.lora_A, false, p.offset, kept_scale, p.seed);
     panel.pack(x, stream);
     cuda::Lora a = panel.arguments(rows, nullptr, rank);
     a.x = x.const_data_ptr(), a.dropout = dropout_p > 0, a.dropout_p = dropout_p;
@@ -182,7 +124,7 @@ std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Option
     Tensor y = make_empty(x, {rows, p.n});
     if (p.r || p.bias) {
       Panel panel(projections.dtype, p.n);
-      if (p.r) panel.add(*p.lora_B, true, p.column, p.scaling, nullptr);
+      if (p.r) panel.add(*p.lora_B, true, p.offset, float(p.scaling), nullptr);
       if (p.bias) panel.add_ones(p.bias);
       panel.pack(x, stream);
       cuda::Lora a = panel.arguments(rows, &h, rank);
@@ -207,27 +149,17 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
                          Optionals lora_B, std::vector<double> scaling, Optionals bias, double dropout_p,
                          Optionals seed, std::vector<bool> wanted, const F& after_dx) {
   const Projections projections({}, weight, lora_A, lora_B, scaling, bias, dropout_p, seed);
-  const size_t count = weight.size();
-  STD_TORCH_CHECK(dy.size() == count && wanted.size() == 1 + 4 * count && dy[0].dim() == 2,
-                  "dy and wanted do not fit the number of weights, or dy[0] is no matrix");
+  check_columns(projections);
+  projections.check_gradients(dy, h, wanted);
+  const float kept_scale = float(1.0 / (1.0 - dropout_p));
   const Tensor& like = weight[0];
   const DType dtype = projections.dtype;
+  const size_t count = weight.size();
   const int64_t rows = dy[0].size(0), k = projections.k, rank = projections.rank;
   const int64_t strips = cuda::lora_strips(dtype, rows);
-  if (h) {
-    CHECK_SHAPE(*h, rows, rank);
-    CHECK_CONTIGUOUS(h.value());
-    STD_TORCH_CHECK(h->scalar_type() == ScalarType::Float, "h must be float32");
-  }
   const auto want = [&](size_t i, int which) { return bool(wanted[1 + 4 * i + which]); };
   bool want_dA = false, want_x = false;
   for (size_t i = 0; i < count; ++i) {
-    const Projection& p = projections.each[i];
-    CHECK_SHAPE(dy[i], rows, p.n);
-    CHECK_CONTIGUOUS(dy[i]);
-    CHECK_SAME_DTYPE(dy[i], like);
-    STD_TORCH_CHECK((p.r || !want(i, 1)) && ((p.r && h) || !want(i, 2)) && (p.bias || !want(i, 3)),
-                    "an input of a wanted gradient is missing");
     want_dA = want_dA || want(i, 1);
     want_x = want_x || want(i, 0) || want(i, 1);
   }
@@ -242,7 +174,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     const bool want_dh = p.r && (wanted[0] || want(i, 1)), want_outer = want(i, 2) || want(i, 3);
     if (!want_dh && !want_outer) continue;
     Panel panel(dtype, p.n);
-    if (want_dh || want(i, 2)) panel.add(*p.lora_B, true, p.column, p.scaling, nullptr);
+    if (want_dh || want(i, 2)) panel.add(*p.lora_B, true, p.offset, float(p.scaling), nullptr);
     const int64_t ones = want(i, 3) ? panel.add_ones({}) : 0;
     panel.pack(like, stream);
     cuda::Lora a = panel.arguments(rows, want(i, 2) ? &*h : nullptr, rank);
@@ -253,7 +185,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
       a.outer = outer->mutable_data_ptr<float>();
     }
     if (want_dh)
-      down(a, dh, p.column, p.r, stream);
+      down(a, dh, p.offset, p.r, stream);
     else
       check_launch(pyfast_cuda_lora_down(&a, stream), "lora_down");
     if (want(i, 2)) {
@@ -274,7 +206,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     std::vector<int64_t> at(count);
     for (size_t i = 0; i < count; ++i) {
       const Projection& p = projections.each[i];
-      if (p.r && (dx || want(i, 1))) at[i] = panel.add(*p.lora_A, false, p.column, projections.kept_scale(), p.seed);
+      if (p.r && (dx || want(i, 1))) at[i] = panel.add(*p.lora_A, false, p.offset, kept_scale, p.seed);
     }
     if (panel.granules.empty()) return false;
     panel.pack(like, stream);
@@ -336,17 +268,7 @@ Tensors lora_linears_backward(Tensors dy, std::optional<Tensor> x, std::optional
                           [](Tensor&, std::optional<Tensor>&) {});
 }
 
-// ---- mlp: the last projection is down, the ones before it are gate and up, or up alone
-
-template <class T>
-std::vector<T> first(const std::vector<T>& all) {
-  STD_TORCH_CHECK(all.size() == 2 || all.size() == 3, "expected gate, up and down, or up and down");
-  return {all.begin(), all.end() - 1};
-}
-template <class T>
-std::vector<T> last(const std::vector<T>& all) {
-  return {all.back()};
-}
+// ---- mlp
 
 cuda::LoraActivation activation_arguments(const Tensors& hidden, const std::string& name) {
   cuda::LoraActivation a{};
@@ -380,22 +302,10 @@ Tensors lora_mlp_backward(const Tensor& dy, std::optional<Tensor> x, Tensors hid
                           std::optional<Tensor> h_down, Tensors weight, Optionals lora_A, Optionals lora_B,
                           std::vector<double> scaling, Optionals bias, double dropout_p, Optionals seed,
                           std::string activation, std::vector<bool> wanted) {
-  STD_TORCH_CHECK(!hidden.empty() && wanted.size() == 1 + 4 * weight.size() && hidden.size() + 1 == weight.size(),
-                  "hidden and wanted do not fit the number of weights");
-  const int64_t rows = hidden.back().size(0), columns = hidden.back().size(1);
-  CHECK_SHAPE(hidden.back(), dy.size(0), weight.back().size(1));
-  for (const Tensor& product : hidden) {
-    CHECK_CONTIGUOUS(product);
-    CHECK_SAME_DTYPE(product, dy);
-    CHECK_SHAPE(product, rows, columns);
-  }
-  std::vector<bool> wanted_first(wanted.begin(), wanted.end() - 4), wanted_down(wanted.end() - 4, wanted.end());
-  bool below = false;
-  for (bool w : wanted_first) below = below || w;
-  wanted_down.insert(wanted_down.begin(), below);
-  const bool want_a = wanted_down[1] || wanted_down[2];
+  const WantedOfMlp parts(dy, hidden, weight, bias, wanted);
+  const bool want_a = parts.activation();
   std::optional<Tensor> a;
-  if (want_a && !below) a = activate(hidden, activation);
+  if (want_a && !parts.below) a = activate(hidden, activation);
   // the gradient of the activation's result becomes those of its inputs, and the result is computed on the way
   Tensors dhidden;
   const auto through_activation = [&](Tensor& da, std::optional<Tensor>& result) {
@@ -408,10 +318,10 @@ Tensors lora_mlp_backward(const Tensor& dy, std::optional<Tensor> x, Tensors hid
     check_launch(pyfast_cuda_lora_activation(&arguments, device.stream()), "lora_activation");
   };
   Tensors down = linears_backward({dy}, a, h_down, last(weight), last(lora_A), last(lora_B), last(scaling), last(bias),
-                                  dropout_p, last(seed), wanted_down, through_activation);
-  if (!below) return down;
+                                  dropout_p, last(seed), parts.down, through_activation);
+  if (!parts.below) return down;
   Tensors results = lora_linears_backward(dhidden, x, h, first(weight), first(lora_A), first(lora_B), first(scaling),
-                                          first(bias), dropout_p, first(seed), wanted_first);
+                                          first(bias), dropout_p, first(seed), parts.first);
   results.insert(results.end(), down.begin() + 1, down.end());
   return results;
 }
