@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from pyfast import emulator
+
 #: the Triton kernels also serve CPU tensors, in the interpreter, where this was set before pyfast was imported
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -21,7 +23,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = {
     "cpu": ("pyfast_cpu", ("cpu",)),
     "triton": ("pyfast_triton", ("cuda", "cpu") if INTERPRETING else ("cuda",)),
-    "cuda": ("pyfast_cuda", ("cuda",)),  # CPU tensors too once pyfast.emulator is loaded
+    "cuda": ("pyfast_cuda", ("cuda",)),
+    "emulator": ("pyfast_emu", ("cpu",)),  # the CUDA kernels' own source, for tests: in no row of TABLE
     "torch": (None, None),
     "reference": (None, None),
 }
@@ -30,7 +33,8 @@ BACKENDS = {
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: op -> device type -> backends, best first. A device type that is not listed gets "torch". A backend that stands in
-#: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves.
+#: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves,
+#: and for the emulator where "cuda" does.
 #: On a GPU torch stands first until the others were run and measured on one, and the CUDA kernels last.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
@@ -97,6 +101,11 @@ def _load_cuda() -> str | None:
     return reason
 
 
+def _load_emulator() -> str | None:
+    """Loads the CUDA C++ kernels for the CPU; returns why they cannot be used, or None."""
+    return load_library("_emu", "the emulator of CUDA kernels", "install a C++ compiler, clone the repository")
+
+
 def _load_triton(library: torch.library.Library) -> str | None:
     """Registers the Triton kernels in `library`; returns why they cannot be used, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -134,7 +143,8 @@ def refusal(backend: str, op: str, tensor: torch.Tensor) -> str | None:
     device = tensor.device.type
     if device not in devices:
         return f"it serves {' and '.join(devices)} tensors, not {device}"
-    if backend not in TABLE[op].get(device, ()) and not any(backend in backends for backends in TABLE[op].values()):
+    listed = "cuda" if backend == "emulator" else backend
+    if not any(listed in backends for backends in TABLE[op].values()):
         return "it has no kernel for this op"
     if tensor.dtype not in KERNEL_DTYPES:
         return f"its kernels serve float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
@@ -202,8 +212,10 @@ def kernels(backend: str):
 def use_backend(backend: str, op: str | None = None, arch: str | None = None):
     """Serves `op` (or every op) with one backend inside the `with` block, in the whole process.
 
-    backend: "cpu", "triton", "cuda" (CUDA C++), "torch" (PyTorch's own best) or "reference" (the plain truth, slow).
-    arch: for "cpu", the instruction set: "avx2", "avx512" or "amx"; the CPU's best without it.
+    backend: "cpu", "triton", "cuda" (CUDA C++), "torch" (PyTorch's own best), "reference" (the plain truth, slow) or,
+        in a checkout, "emulator" (the CUDA kernels' own source on CPU tensors, very slow: for tests).
+    arch: for "cpu", the instruction set: "avx2", "avx512" or "amx"; the CPU's best without it. For "emulator", the GPU
+        whose kernels run: "sm_80" or "sm_90a"; "sm_80" without it.
     A call that the backend cannot serve raises a ValueError that says why.
     """
     if backend not in BACKENDS:
@@ -212,23 +224,33 @@ def use_backend(backend: str, op: str | None = None, arch: str | None = None):
         raise ValueError(f"there is no op {op!r}: choose from {', '.join(TABLE)}")
     if backend in _UNAVAILABLE:
         raise ValueError(f"backend {backend!r} cannot be used: {_UNAVAILABLE[backend]}")
-    if arch is not None and backend != "cpu":
-        raise ValueError(f"backend {backend!r} has no arch to choose: arch is for 'cpu'")
+    if arch is not None and backend not in ("cpu", "emulator"):
+        raise ValueError(f"backend {backend!r} has no arch to choose: arch is for 'cpu' and 'emulator'")
     before = dict(_overrides)
-    isa = torch.ops.pyfast_cpu.get_isa() if arch is not None else None
+    architecture = contextlib.nullcontext()
     if arch is not None:
+        architecture = _isa(arch) if backend == "cpu" else emulator.emulating(arch=arch)
+    with architecture:
+        _overrides[op] = backend
         try:
-            torch.ops.pyfast_cpu.set_isa(arch)
-        except RuntimeError as error:
-            raise ValueError(f"arch {arch!r} cannot be used: {str(error).splitlines()[0]}") from None
-    _overrides[op] = backend
+            yield
+        finally:
+            _overrides.clear()
+            _overrides.update(before)
+
+
+@contextlib.contextmanager
+def _isa(name: str):
+    """The native kernels run with this instruction set inside the `with` block."""
+    before = torch.ops.pyfast_cpu.get_isa()
+    try:
+        torch.ops.pyfast_cpu.set_isa(name)
+    except RuntimeError as error:
+        raise ValueError(f"arch {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(before)
-        if isa is not None:
-            torch.ops.pyfast_cpu.set_isa(isa)
+        torch.ops.pyfast_cpu.set_isa(before)
 
 
 _UNAVAILABLE: dict[str, str] = {}

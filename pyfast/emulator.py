@@ -1,43 +1,34 @@
-"""The CUDA kernels' own source on CPU tensors, for tests: csrc/emulator, which a checkout builds, and no wheel holds.
-
-Once loaded, `use_backend("cuda")` serves CPU tensors too. An error of a kernel's (a deadlock, a wrong mask, a
-misaligned address) is raised as a RuntimeError.
+"""How the backend "emulator" runs the CUDA kernels' own source on CPU tensors (csrc/emulator): for tests. A checkout
+builds it, no wheel holds it. A kernel's error (a deadlock, a wrong mask, a misaligned address) is a RuntimeError.
 """
 
 import contextlib
 
 import torch
 
-from pyfast import dispatch, ops  # noqa: F401  (ops defines the kernels' schemas)
-
 ORDERS = ("forward", "reverse", "random")
 ARCHITECTURES = ("sm_80", "sm_90a")
 
-
-def load() -> str | None:
-    """Loads the emulator; returns why it cannot be used, or None."""
-    namespace, devices = dispatch.BACKENDS["cuda"]
-    if "cpu" in devices:
-        return None
-    reason = dispatch.load_library(
-        "_emu", "the emulator of CUDA kernels", "install a C++ compiler, clone the repository"
-    )
-    if reason is None:
-        devices = devices if dispatch.unavailable("cuda") is None else ()
-        dispatch.BACKENDS["cuda"] = (namespace, (*devices, "cpu"))
-        dispatch._UNAVAILABLE.pop("cuda", None)
-    return reason
+_now = {"order": "forward", "seed": 1, "lazy": True, "arch": "sm_80"}
 
 
 @contextlib.contextmanager
-def emulating(order: str = "forward", *, seed: int = 1, lazy: bool = True, arch: str = "sm_80"):
-    """How kernels run inside the `with` block.
+def emulating(order: str | None = None, *, seed: int | None = None, lazy: bool | None = None, arch: str | None = None):
+    """How kernels run inside the `with` block; what is not given stays as it is.
 
     order: in which threads take turns, "forward", "reverse" or "random" (by seed). lazy: asynchronous copies and
     products happen as late as the kernel's waits allow, else at once. arch: the GPU, "sm_80" or "sm_90a".
     """
-    torch.ops.pyfast_cuda.emulate(order, seed, lazy, arch)
+    if order not in (None, *ORDERS):
+        raise ValueError(f"the emulator has no order {order!r}: choose from {', '.join(ORDERS)}")
+    if arch not in (None, *ARCHITECTURES):
+        raise ValueError(f"the emulator has no arch {arch!r}: choose from {', '.join(ARCHITECTURES)}")
+    before = dict(_now)
+    given = {"order": order, "seed": seed, "lazy": lazy, "arch": arch}
+    _now.update((name, value) for name, value in given.items() if value is not None)
     try:
+        torch.ops.pyfast_emu.emulate(**_now)
         yield
     finally:
-        torch.ops.pyfast_cuda.emulate("forward", 1, True, "sm_80")
+        _now.update(before)
+        torch.ops.pyfast_emu.emulate(**_now)

@@ -280,7 +280,7 @@ def _quantized(spec, tensors):
 
 
 #: backend -> how many rows at most its quantized_linear takes, which multiplies with codes in 16 bits
-_FEW_ROWS = {"cuda": 32}
+_FEW_ROWS = {"cuda": 32, "emulator": 32}
 
 
 def _linears_forward(spec, rows, tensors):

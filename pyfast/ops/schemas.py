@@ -31,7 +31,7 @@ _LIBRARIES["pyfast_cpu"].define("set_isa(str name) -> ()")
 _LIBRARIES["pyfast_cpu"].define("allocate_by_dispatcher(bool on) -> ()")
 _LIBRARIES["pyfast_cpu"].define("empty_cache() -> ()")  # frees memory that is kept for large results
 _LIBRARIES["pyfast_cuda"].define("architectures() -> str")
-_LIBRARIES["pyfast_cuda"].define("emulate(str order, int seed, bool lazy, str arch) -> ()")
+_LIBRARIES["pyfast_emu"].define("emulate(str order, int seed, bool lazy, str arch) -> ()")
 
 
 # ---- activations: "silu", "gelu", "gelu_tanh", "relu"; any strides, results contiguous
@@ -235,6 +235,7 @@ def _(dout, dlse, q, k, v, out, maximum, log_sum, sinks, attention_mask, attn_bi
 for _backend, _reason in {
     "cpu": dispatch._load_native(),
     "cuda": dispatch._load_cuda(),
+    "emulator": dispatch._load_emulator(),
     "triton": dispatch._load_triton(_LIBRARIES["pyfast_triton"]),
 }.items():
     if _reason is not None:

@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 
-from pyfast import emulator
+from pyfast import dispatch, emulator
 
 #: (order of threads, whether asynchronous copies come late)
 SCHEDULES = [(order, lazy) for order in emulator.ORDERS for lazy in (True, False)]
@@ -13,12 +13,12 @@ SCHEDULES = [(order, lazy) for order in emulator.ORDERS for lazy in (True, False
 @pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s[0]}-{'lazy' if s[1] else 'eager'}")
 def kernel(request):
     """Instead of the native kernels of tests/conftest.py."""
-    reason = emulator.load()
+    reason = dispatch.unavailable("emulator")
     if reason is not None:
         pytest.skip(reason)
     order, lazy = request.param
     with emulator.emulating(order, lazy=lazy):
-        yield "cuda", None
+        yield "emulator", None
 
 
 #: what takes the emulator longest and crosses no border that other tests do not

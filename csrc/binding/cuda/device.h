@@ -6,7 +6,7 @@
 #include "cuda/error.h"
 
 #if defined(PYFAST_EMULATOR)
-#define PYFAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(pyfast_cuda, CPU, m)
+#define PYFAST_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(pyfast_emu, CPU, m)
 #else
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
