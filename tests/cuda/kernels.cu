@@ -1,4 +1,5 @@
-// Small kernels that use one mechanism of CUDA each, correctly (bug 0) or with a planted error, for test_emulator.py.
+// Small kernels that use one mechanism of CUDA each, correctly (bug 0) or with a planted error: tests/instructions.py
+// has their inputs and results.
 #include <cstring>
 #include <string>
 
@@ -175,14 +176,14 @@ __global__ void cluster_sum(const Call c) {
 #endif
 }
 
-// out (64 x 128) = a b^T with a (64 x depth) and b (128 x depth) 16-bit: a warp of producers fills a ring of two stages
-// by TMA, a warp group multiplies
+// out (64 x 128) = a b^T with a (64 x depth) and b (128 x depth) 16-bit, or, where b's rows in memory are depths, a b
+// with b (depth x 128): a warp of producers fills a ring of two stages by TMA, a warp group multiplies
 struct Product {
   TensorMap a, b;
   float* out;
   int depth, bug;
 };
-template <class T>
+template <class T, bool kBDeep>
 __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c) {
 #if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   PYFAST_SHARED(shared);
@@ -206,7 +207,12 @@ __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c
         mbarrier_arrive_expect(full + s, c.bug == 4 ? kA : kStage);
         unsigned char* const to = shared + s * kStage + (c.bug == 5 ? 128 : 0);
         tma_load<2>(to, &c.a, full + s, {k * 64, 0});
-        tma_load<2>(to + kA, &c.b, full + s, {k * 64, 0});
+        if constexpr (kBDeep) {
+          tma_load<2>(to + kA, &c.b, full + s, {0, k * 64});
+          tma_load<2>(to + kA + kB / 2, &c.b, full + s, {64, k * 64});
+        } else {
+          tma_load<2>(to + kA, &c.b, full + s, {k * 64, 0});
+        }
       }
     return;
   }
@@ -217,7 +223,9 @@ __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c
     if (c.bug != 6) mbarrier_wait(full + s, c.bug == 7 ? phase ^ 1 : phase);
     wgmma_fence();
     for (int step = 0; step < 4; ++step)
-      wgmma<T>(d, wgmma_descriptor(a + step * (c.bug == 8 ? 64 : 32)), wgmma_descriptor(a + kA + step * 32));
+      wgmma<T, kBDeep>(d, wgmma_descriptor(a + step * (c.bug == 8 ? 64 : 32)),
+                       kBDeep ? wgmma_descriptor(a + kA + step * 16 * 128, c.bug == 10 ? 16 : kB / 2)
+                              : wgmma_descriptor(a + kA + step * 32));
     wgmma_commit();
     if (c.bug != 9) wgmma_wait<0>();
     mbarrier_arrive(empty + s);
@@ -263,24 +271,27 @@ int finished(int code) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int run_product(bool is_bf16, const void* a, const void* b,
-                                                                  float* out, int depth, int bug) {
+#define PYFAST_EXPORT extern "C" __attribute__((visibility("default")))
+
+PYFAST_EXPORT int run_product(const void* a, const void* b, float* out, bool is_bf16, bool b_deep, int depth, int bug) {
   Product c{{}, {}, out, depth, bug};
   const DType type = is_bf16 ? DType::bf16 : DType::fp16;
-  const int64_t strides[2] = {2, depth * 2};
-  if (int e = make_tensor_map<2>(c.a, type, a, {depth, 64}, strides, {64, 64})) return e;
-  if (int e = make_tensor_map<2>(c.b, type, b, {depth, 128}, strides, {64, 128})) return e;
-  return finished(launch(is_bf16 ? product<bf16> : product<fp16>, {1, 160, 2 * 192 * 128 + 32}, c, nullptr));
+  if (int e = make_tensor_map<2>(c.a, type, a, {depth, 64}, {2, depth * 2}, {64, 64})) return e;
+  if (int e = b_deep ? make_tensor_map<2>(c.b, type, b, {128, depth}, {2, 256}, {64, 64})
+                     : make_tensor_map<2>(c.b, type, b, {depth, 128}, {2, depth * 2}, {64, 128}))
+    return e;
+  const auto kernel = is_bf16 ? (b_deep ? product<bf16, true> : product<bf16, false>)
+                              : (b_deep ? product<fp16, true> : product<fp16, false>);
+  return finished(launch(kernel, {1, 160, 2 * 192 * 128 + 32}, c, nullptr));
 }
-extern "C" __attribute__((visibility("default"))) int run_box(const void* x, int n, float* out) {
+PYFAST_EXPORT int run_box(const void* x, float* out, int n) {
   Box c{{}, out};
   if (int e = make_tensor_map<4>(c.map, DType::fp16, x, {n, 9, 5, 3}, {2, n * 2, n * 18, n * 90}, {64, 8, 2, 3}))
     return e;
   return finished(launch(box, {1, 64, 48 * 128 + 16}, c, nullptr));
 }
-
-extern "C" __attribute__((visibility("default"))) int run(const char* name, const float* in, float* out, int n, int bug,
-                                                          int64_t blocks, int threads, int shared, int cluster) {
+PYFAST_EXPORT int run(const float* in, float* out, const char* name, int n, int bug, int64_t blocks, int threads,
+                      int shared, int cluster) {
   const Call call{in, out, n, bug};
   const struct {
     const char* name;
@@ -294,9 +305,9 @@ extern "C" __attribute__((visibility("default"))) int run(const char* name, cons
       return finished(launch<Call>(k.kernel, {blocks, threads, shared, cluster}, call, nullptr));
   return -1;
 }
-extern "C" __attribute__((visibility("default"))) const char* error(int code) { return error_string(code); }
+PYFAST_EXPORT const char* error(int code) { return error_string(code); }
 #if defined(PYFAST_EMULATOR)
-extern "C" __attribute__((visibility("default"))) void emulate(int order, unsigned seed, bool lazy, int architecture) {
+PYFAST_EXPORT void emulate(int order, unsigned seed, bool lazy, int architecture) {
   simt::options() = {simt::Order(order), seed, lazy, architecture};
 }
 #endif

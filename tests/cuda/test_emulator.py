@@ -1,154 +1,59 @@
 """The emulator itself: kernels.cu gives the right results in every schedule, and every error planted in it is seen."""
 
-import ctypes
 import itertools
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from instructions import (
+    ROOT,
+    SM_80,
+    SM_90A,
+    SOURCE,
+    Kernels,
+    cluster_sum,
+    compiled_for_gpus,
+    matmul_bf16,
+    matmul_fp16,
+    pipeline,
+    product,
+    product_deep,
+    reverse,
+    reverse_pairs,
+    vectors,
+    warp_sum,
+)
 from torch.utils.cpp_extension import TORCH_LIB_PATH
 
-ROOT = Path(__file__).parents[2]
 SCHEDULES = list(itertools.product(range(3), (True, False)))
-
-
-def compiled(target, *flags):
-    """kernels.cu and the emulator as a shared library."""
-    sources = ["-x", "c++", ROOT / "tests/cuda/kernels.cu", *sorted((ROOT / "csrc/emulator").glob("[!b]*.cpp"))]
-    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DPYFAST_EMULATOR", "-fvisibility=hidden", f"-I{ROOT}/csrc"]
-    library = [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH_LIB_PATH}"]
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("this test compiles kernels for the emulator, and no C++ compiler (g++) is installed")
-    subprocess.run([compiler, *options, *flags, *sources, "-o", target, *library], check=True)
-    return target
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """run(name, in, out, ...) -> None, or a RuntimeError with the emulator's message."""
-    library = ctypes.CDLL(str(compiled(tmp_path_factory.mktemp("kernels") / "kernels.so")))
-    library.error.restype = ctypes.c_char_p
-
-    def done(code, out):
-        if code:
-            raise RuntimeError(library.error(code).decode())
-        return out
-
-    def pointers(*tensors):
-        return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-
-    def run(name, x, out, threads, blocks=1, bug=0, n=None, shared=0, cluster=1, schedule=(0, True), arch=80):
-        library.emulate(schedule[0], 3, schedule[1], arch)
-        n = x.numel() if n is None else n
-        code = library.run(name.encode(), *pointers(x, out), n, bug, ctypes.c_int64(blocks), threads, shared, cluster)
-        assert code != -1, f"there is no kernel {name}"
-        return done(code, out)
-
-    def run_product(a, b, out, bug=0, schedule=(0, True)):
-        library.emulate(schedule[0], 3, schedule[1], 90)
-        return done(library.run_product(a.dtype == torch.bfloat16, *pointers(a, b, out), a.shape[1], bug), out)
-
-    def run_box(x, out, schedule=(0, True)):
-        library.emulate(schedule[0], 3, schedule[1], 90)
-        return done(library.run_box(*pointers(x), x.shape[-1], *pointers(out)), out)
-
-    run.product, run.box = run_product, run_box
-    return run
+    """kernels.cu and the emulator."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("this test compiles kernels for the emulator, and no C++ compiler (g++) is installed")
+    target = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    sources = ["-x", "c++", SOURCE, *sorted((ROOT / "csrc/emulator").glob("[!b]*.cpp"))]
+    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DPYFAST_EMULATOR", "-fvisibility=hidden", f"-I{ROOT}/csrc"]
+    library = [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", f"-Wl,-rpath,{TORCH_LIB_PATH}"]
+    subprocess.run([compiler, *options, *sources, "-o", target, *library], check=True)
+    return Kernels(target, "cpu")
 
 
-def poisoned(*shape):
-    return torch.full(shape, torch.nan)
-
-
-def reverse(run, **kwargs):
-    x = torch.randn(96)
-    return run("reverse", x, poisoned(96), 96, shared=96 * 4, **kwargs), x.flip(0)
-
-
-def reverse_pairs(run, **kwargs):
-    x = torch.randn(128)
-    return run("reverse_pairs", x, poisoned(128), 160, shared=128 * 4, **kwargs), x.view(2, 64).flip(1).view(-1)
-
-
-def warp_sum(run, **kwargs):
-    x = torch.randint(-9, 9, (64,)).float()
-    return run("warp_sum", x, poisoned(64), 64, **kwargs), x.view(2, 32).sum(1, keepdim=True).expand(2, 32).reshape(-1)
-
-
-def warp_scan(run, **kwargs):
-    x = torch.randint(-9, 9, (64,)).float()
-    return run("warp_scan", x, poisoned(64), 64, **kwargs), x.view(8, 8).cumsum(1).view(-1)
-
-
-def atomic_sum(run, **kwargs):
-    x = torch.randint(-9, 9, (640,)).float()
-    out = run("atomic_sum", x, torch.zeros(3), 64, blocks=10, **kwargs)
-    return torch.stack([out[0], *out.view(torch.int32)[1:].float()]), torch.tensor([x.sum(), 640.0, 639.0])
-
-
-def pipeline(run, **kwargs):
-    x = torch.randn(64 * 4 * 5 - 50)
-    return run("pipeline", x, poisoned(x.numel()), 64, shared=3 * 64 * 16, **kwargs), x
-
-
-def matmul_bf16(run, name="matmul_bf16", dtype=torch.bfloat16, **kwargs):
-    x = torch.randn(24, 16).to(dtype).float()
-    return run(name, x, poisoned(16, 8), 32, shared=24 * 48, **kwargs), x[:16] @ x[16:].T
-
-
-def matmul_fp16(run, **kwargs):
-    return matmul_bf16(run, "matmul_fp16", torch.float16, **kwargs)
-
-
-def transpose(run, **kwargs):
-    x = torch.randn(4, 8, 8).half().float()
-    return run("transpose", x, poisoned(4, 8, 8), 32, shared=512, **kwargs), x.mT
-
-
-def vectors(run, **kwargs):
-    x = torch.randn(512)
-    return run("vectors", x, poisoned(512), 64, blocks=2, **kwargs), x
-
-
-def cluster_sum(run, **kwargs):
-    x = torch.randint(-9, 9, (8,)).float()
-    out = run("cluster_sum", x, poisoned(8), 32, blocks=8, n=4, shared=32, **{"cluster": 4, "arch": 90, **kwargs})
-    return out, x.view(2, 4).sum(1, keepdim=True).expand(2, 4).reshape(-1)
-
-
-def product(run, dtype=torch.bfloat16, **kwargs):
-    """By TMA, mbarriers and wgmma; a depth of 328 leaves a tile that is not whole."""
-    a, b = torch.randn(64, 328).to(dtype), torch.randn(128, 328).to(dtype)
-    actual, expected = run.product(a, b, poisoned(64, 128), **kwargs), a.double() @ b.double().T
-    off = (actual.double() - expected).abs() > 1e-4
-    return torch.where(off, actual, expected.float()), expected.float()
-
-
-def product_fp16(run, **kwargs):
-    return product(run, torch.float16, **kwargs)
-
-
-def box(run, **kwargs):
-    """A tile of 4 dimensions that reaches over the tensor's end in two of them."""
-    x = torch.randn(3, 5, 9, 40).half()
-    padded = torch.nn.functional.pad(x.float(), (0, 24, 0, 0, 0, 0))
-    return run.box(x, poisoned(3, 2, 8, 64), **kwargs), padded[:, 2:4, 1:9]
-
-
-KERNELS = (
-    reverse, reverse_pairs, warp_sum, warp_scan, atomic_sum, pipeline, matmul_bf16, matmul_fp16, transpose, vectors,
-    cluster_sum, product, product_fp16, box,
-)  # fmt: skip
+def run(emulated, kernel, schedule=(0, True), **options):
+    """What comes of a kernel, and what must."""
+    emulated.library.emulate(schedule[0], 3, schedule[1], 90 if kernel in SM_90A else 80)
+    return kernel(emulated, **options)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kernel", SM_80 + SM_90A, ids=lambda k: k.__name__)
 def test_right(emulated, kernel, schedule):
-    torch.testing.assert_close(*kernel(emulated, schedule=schedule))
+    torch.testing.assert_close(*run(emulated, kernel, schedule), rtol=0, atol=0)
 
 
 #: (kernel, bug, words of the error, or None where the result is wrong)
@@ -188,6 +93,7 @@ BUGS = [
     (product, 7, "deadlock|more arrivals"),
     (product, 8, None),
     (product, 9, None),
+    (product_deep, 10, None),
 ]
 
 
@@ -197,8 +103,7 @@ def test_planted_bug(emulated, kernel, bug, words):
     seen = []
     for schedule in SCHEDULES:
         try:
-            actual, expected = kernel(emulated, bug=bug, schedule=schedule)
-            seen.append(None if torch.equal(actual, expected) else "wrong")
+            seen.append(None if torch.equal(*run(emulated, kernel, schedule, bug=bug)) else "wrong")
         except RuntimeError as error:
             seen.append(error)
     if words is None:
@@ -209,23 +114,35 @@ def test_planted_bug(emulated, kernel, bug, words):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "architecture, changes, words",
     [
-        ({"shared": 164 << 10}, "167936 bytes of shared memory"),
-        ({"threads": 1025}, "a block of 1025 threads"),
-        ({"blocks": 0}, "an empty grid"),
-        ({"cluster": 2, "blocks": 2}, "clusters before sm_90"),
-        ({"cluster": 2, "blocks": 3, "arch": 90}, "no number of clusters"),
+        (80, {"shared": 164 << 10}, "167936 bytes of shared memory"),
+        (80, {"threads": 1025}, "a block of 1025 threads"),
+        (80, {"blocks": 0}, "an empty grid"),
+        (80, {"cluster": 2, "blocks": 2}, "clusters before sm_90"),
+        (90, {"cluster": 2, "blocks": 3}, "no number of clusters"),
     ],
 )
-def test_refused_launch(emulated, changes, words):
+def test_refused_launch(emulated, architecture, changes, words):
+    emulated.library.emulate(0, 3, True, architecture)
     with pytest.raises(RuntimeError, match=words):
-        emulated("reverse", torch.randn(96), poisoned(96), **{"threads": 96, "shared": 384, **changes})
+        reverse(emulated, **changes)
 
 
 def test_after_an_error_all_is_well(emulated):
     """A launch that failed leaves nothing behind."""
     for _ in range(3):
         with pytest.raises(RuntimeError, match="deadlock"):
-            reverse(emulated, bug=3)
-        torch.testing.assert_close(*reverse(emulated))
+            run(emulated, reverse, bug=3)
+        torch.testing.assert_close(*run(emulated, reverse))
+
+
+def test_compiles_for_gpus():
+    """tests/gpu runs the same kernels on one. Without one the CUDA runtime says so."""
+    path = compiled_for_gpus()
+    if isinstance(path, str):
+        pytest.skip(path)
+    if not torch.cuda.is_available():
+        for kernel in SM_80 + SM_90A[:1]:
+            with pytest.raises(RuntimeError, match="CUDA"):
+                kernel(Kernels(path, "cpu"))

@@ -3,7 +3,7 @@ from bad_targets import test_cross_entropy_target_out_of_range  # noqa: F401
 from test_cross_entropy import *  # noqa: F403
 from test_cross_entropy import check, cross_entropy, inputs, pytest
 
-from pyfast import emulator
+from pyfast import dispatch, emulator
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
@@ -17,7 +17,7 @@ def test_rows_that_begin_anywhere(kernel, offset, label_smoothing):
         sliced = wide[:, offset : offset + classes]
         copied = torch.empty(9 * classes + 8, dtype=torch.bfloat16)[8:].view(9, classes).copy_(sliced)
         options = (target, None, upstream, -100, label_smoothing, None)
-        results = [torch.ops.pyfast_emu.cross_entropy(x, *options) for x in (sliced, copied)]
+        results = [dispatch.kernels(kernel[0]).cross_entropy(x, *options) for x in (sliced, copied)]
         for a, b in zip(*results, strict=True):
             # sums begin elsewhere in a row: a rounding or two of each result's own dtype
             torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
@@ -39,7 +39,7 @@ def test_blocks_of_a_cluster_in_any_order(kernel):
     results = []
     for seed in range(4):
         with emulator.emulating("random", seed=seed, arch="sm_90a"):
-            results.append(torch.ops.pyfast_emu.cross_entropy(x, target, None, upstream, -100, 0.0, None))
+            results.append(dispatch.kernels(kernel[0]).cross_entropy(x, target, None, upstream, -100, 0.0, None))
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert torch.equal(a, b)

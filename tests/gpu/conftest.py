@@ -1,12 +1,13 @@
-"""The Triton and the CUDA C++ kernels on this machine's GPU: the op tests of tests/triton_kernels, with tensors made on
-the GPU."""
+"""The Triton and the CUDA C++ kernels on this machine's GPU: the op tests of tests/triton_kernels and tests/cuda, with
+tensors made on the GPU."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from pyfast import dispatch
+from pyfast import dispatch, emulator
 
 DEVICE = "cuda"  # ROCm's too
 BACKENDS = ("triton", "cuda")
@@ -21,21 +22,25 @@ def unavailable(backend: str) -> str | None:
 
 def served(item) -> bool:
     """Whether the backend of a test has kernels for the op of its module: in CUDA C++, those of tests/cuda."""
-    op = item.path.stem.removeprefix("test_gpu_")
-    if item.callspec.params["kernel"] == "triton" or op == "registration":
+    op, backend = item.path.stem.removeprefix("test_gpu_"), item.callspec.params["kernel"]
+    if op == "cuda":
+        return backend == "cuda"
+    if backend == "triton" or op == "registration":
         return True
     return (Path(__file__).parents[1] / "cuda" / f"test_op_{op}.py").exists()
 
 
 @pytest.fixture(params=BACKENDS)
-def kernel(request):
-    """Instead of the native kernels of tests/conftest.py; every tensor of the test is made on the GPU."""
+def kernel(request, monkeypatch):
+    """Instead of the native kernels of tests/conftest.py; every tensor of the test is made on the GPU, which has its
+    own order of threads and architecture."""
     reason = unavailable(request.param)
     bf16 = request.node.callspec.params.get("dtype") == torch.bfloat16
     if reason is None and bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         reason = "this GPU has no bfloat16"
     if reason is not None:
         pytest.skip(reason)
+    monkeypatch.setattr(emulator, "emulating", lambda *order, **options: contextlib.nullcontext())
     torch.set_default_device(DEVICE)
     yield request.param, None
     torch.set_default_device(None)

@@ -1,0 +1,162 @@
+"""The small kernels of tests/cuda/kernels.cu, one mechanism of CUDA each: what they get, and what must come of it.
+
+tests/cuda runs them in the emulator and tests/gpu on a GPU, so that the emulator's idea of an instruction is held
+against the instruction. Numbers that are summed are small integers: exact in whatever order.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "tests/cuda/kernels.cu"
+sys.path.insert(0, str(ROOT / "csrc"))
+import toolchain  # noqa: E402
+
+
+class Kernels:
+    """kernels.cu as a shared library that takes tensors of `device`. A failed launch is a RuntimeError."""
+
+    def __init__(self, path: Path, device: str):
+        self.library, self.device = ctypes.CDLL(str(path)), device
+        self.library.error.restype = ctypes.c_char_p
+
+    def _call(self, name, inputs, out, *arguments):
+        tensors = [x.to(self.device) for x in (*inputs, out)]
+        code = getattr(self.library, name)(*(ctypes.c_void_p(x.data_ptr()) for x in tensors), *arguments)
+        assert code != -1, f"there is no such kernel: {arguments}"
+        if code:
+            raise RuntimeError(self.library.error(code).decode())
+        return tensors[-1].cpu()
+
+    def run(self, name, x, out, threads, blocks=1, bug=0, n=None, shared=0, cluster=1):
+        n = x.numel() if n is None else n
+        return self._call("run", [x], out, name.encode(), n, bug, ctypes.c_int64(blocks), threads, shared, cluster)
+
+    def product(self, a, b, out, bug=0):
+        """a b, or a bᵀ where b is of out's columns."""
+        return self._call("run_product", [a, b], out, a.dtype == torch.bfloat16, len(b) == a.shape[1], a.shape[1], bug)
+
+    def box(self, x, out):
+        return self._call("run_box", [x], out, x.shape[-1])
+
+
+def compiled_for_gpus() -> Path | str:
+    """kernels.cu by nvcc, for what `_cuda` is built for, or why there is none. Kept until a source changes, so that a
+    GPU machine without nvcc can be given it."""
+    target = ROOT / "build" / "kernels.so"
+    sources = [SOURCE, *(ROOT / "csrc/cuda").glob("*.cuh"), *(ROOT / "csrc/common").glob("*.h")]
+    if target.exists() and target.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+        return target
+    cuda = toolchain.find_cuda()
+    if isinstance(cuda, str):
+        return cuda
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        library = Path(folder) / target.name
+        options = ["-std=c++20", "-O3", f"-I{ROOT}/csrc", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        options += ["-ccbin", toolchain.CXX, "-cudart", "none", *cuda.architecture_flags().split()]
+        libraries = [cuda.runtime, "-ldl", "-lrt", "-lpthread"]
+        subprocess.run([cuda.nvcc, *options, SOURCE, *libraries, "-o", library], check=True)
+        os.replace(library, target)
+    return target
+
+
+def poisoned(*shape):
+    return torch.full(shape, torch.nan)
+
+
+def integers(*shape, below=9):
+    return torch.randint(1 - below, below, shape).float()
+
+
+def reverse(kernels, **options):
+    x = torch.randn(96)
+    return kernels.run("reverse", x, poisoned(96), **{"threads": 96, "shared": 96 * 4, **options}), x.flip(0)
+
+
+def reverse_pairs(kernels, **options):
+    x = torch.randn(128)
+    out = kernels.run("reverse_pairs", x, poisoned(128), 160, shared=128 * 4, **options)
+    return out, x.view(2, 64).flip(1).view(-1)
+
+
+def warp_sum(kernels, **options):
+    x = integers(64)
+    out = kernels.run("warp_sum", x, poisoned(64), 64, **options)
+    return out, x.view(2, 32).sum(1, keepdim=True).expand(2, 32).reshape(-1)
+
+
+def warp_scan(kernels, **options):
+    x = integers(64)
+    return kernels.run("warp_scan", x, poisoned(64), 64, **options), x.view(8, 8).cumsum(1).view(-1)
+
+
+def atomic_sum(kernels, **options):
+    x = integers(640)
+    out = kernels.run("atomic_sum", x, torch.zeros(3), 64, blocks=10, **options)
+    return torch.stack([out[0], *out.view(torch.int32)[1:].float()]), torch.tensor([x.sum(), 640.0, 639.0])
+
+
+def pipeline(kernels, **options):
+    x = torch.randn(64 * 4 * 5 - 50)
+    return kernels.run("pipeline", x, poisoned(x.numel()), 64, shared=3 * 64 * 16, **options), x
+
+
+def matmul_bf16(kernels, name="matmul_bf16", **options):
+    x = integers(24, 16)
+    return kernels.run(name, x, poisoned(16, 8), 32, shared=24 * 48, **options), x[:16] @ x[16:].T
+
+
+def matmul_fp16(kernels, **options):
+    return matmul_bf16(kernels, "matmul_fp16", **options)
+
+
+def transpose(kernels, **options):
+    x = torch.randn(4, 8, 8).half().float()
+    return kernels.run("transpose", x, poisoned(4, 8, 8), 32, shared=512, **options), x.mT
+
+
+def vectors(kernels, **options):
+    x = torch.randn(512)
+    return kernels.run("vectors", x, poisoned(512), 64, blocks=2, **options), x
+
+
+def cluster_sum(kernels, **options):
+    x = integers(8)
+    out = kernels.run("cluster_sum", x, poisoned(8), 32, blocks=8, n=4, shared=32, cluster=4, **options)
+    return out, x.view(2, 4).sum(1, keepdim=True).expand(2, 4).reshape(-1)
+
+
+def product(kernels, dtype=torch.bfloat16, **options):
+    """By TMA, mbarriers and wgmma; a depth of 328 leaves a tile that is not whole."""
+    a, b = integers(64, 328), integers(128, 328)
+    return kernels.product(a.to(dtype), b.to(dtype), poisoned(64, 128), **options), a @ b.T
+
+
+def product_fp16(kernels, **options):
+    return product(kernels, torch.float16, **options)
+
+
+def product_deep(kernels, **options):
+    """b's rows in memory are depths."""
+    a, b = integers(64, 328).bfloat16(), integers(328, 128).bfloat16()
+    return kernels.product(a, b, poisoned(64, 128), **options), a.float() @ b.float()
+
+
+def box(kernels, **options):
+    """A tile of 4 dimensions that reaches over the tensor's end in two of them."""
+    x = torch.randn(3, 5, 9, 40).half()
+    padded = torch.nn.functional.pad(x.float(), (0, 24, 0, 0, 0, 0))
+    return kernels.box(x, poisoned(3, 2, 8, 64), **options), padded[:, 2:4, 1:9]
+
+
+SM_80 = (
+    reverse, reverse_pairs, warp_sum, warp_scan, atomic_sum, pipeline, matmul_bf16, matmul_fp16, transpose, vectors,
+)  # fmt: skip
+SM_90A = (cluster_sum, product, product_fp16, product_deep, box)
