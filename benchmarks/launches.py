@@ -13,6 +13,9 @@ import torch
 
 from pyfast.kernels import launch
 from pyfast.kernels.tiles import TILES
+from pyfast.ops.linear_cross_entropy import GPU_LOGITS_BYTES
+
+_HEAD_ROWS = 768  # of 128256 classes they are one chunk of GPU_LOGITS_BYTES, so that a call is one launch
 
 
 class Case(NamedTuple):
@@ -62,10 +65,11 @@ def _cross_entropy(n, dtype):
 
 
 def _linear_cross_entropy(n, dtype, everything=False):
-    """A frozen head of 4096 columns; everything: all options and gradients."""
-    x, weight, target = _randn(1024, 4096, dtype=dtype), _randn(n, 4096, dtype=dtype), torch.randint(n, (1024,))
-    upstream = torch.rand(1024, 2, dtype=torch.float64)
-    call, tail = launch.launchers()["linear_cross_entropy"], (1 / 64, 256 << 20)
+    """A frozen head of 4096 columns; everything: all options and gradients, and two numbers kept of each logit."""
+    rows = _HEAD_ROWS // 2 if everything else _HEAD_ROWS
+    x, weight, target = _randn(rows, 4096, dtype=dtype), _randn(n, 4096, dtype=dtype), torch.randint(n, (rows,))
+    upstream = torch.rand(rows, 2, dtype=torch.float64)
+    call, tail = launch.launchers()["linear_cross_entropy"], (1 / 64, GPU_LOGITS_BYTES)
     if everything:
         extra = [_randn(n, dtype=dtype), _randn(16, 4096, dtype=dtype), _randn(n, 16, dtype=dtype)]
         return call(x, weight, *extra, target, _fp32(n), upstream, 2.0, -100, 0.1, 30.0, *tail, [True] * 5)
@@ -178,7 +182,7 @@ def _matmul_work(n):
 
 
 def _head_work(n):
-    return 2 * 1024 * 4096 * n, 2 * (1024 * 4096 + 4096 * n + 1024 * n)
+    return 2 * _HEAD_ROWS * 4096 * n, 2 * (_HEAD_ROWS * 4096 + 4096 * n + _HEAD_ROWS * n)
 
 
 CASES = {
@@ -188,7 +192,7 @@ CASES = {
     "activate_backward_kernel": Case(16384, {"": _activate_backward}, _elements(3 * 2 * 4096)),
     "cross_entropy_kernel": Case(128256, {"": _cross_entropy}, _elements(2 * 2 * 4096)),
     "exponentials_kernel": Case(128256, _HEAD, _head_work),
-    "logits_gradient_kernel": Case(128256, _HEAD, _elements(2 * 2 * 1024)),
+    "logits_gradient_kernel": Case(128256, _HEAD, _elements(2 * 2 * _HEAD_ROWS)),
     "norm_kernel": Case(8192, {"": _norm}, _elements(4 * 2 * 4096)),
     "norm_backward_kernel": Case(8192, {"": _norm_backward}, _elements(4 * 2 * 4096)),
     "rope_kernel": Case(128, {"": _rope}, _elements(2 * 2 * 4 * 2048 * 32)),

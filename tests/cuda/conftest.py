@@ -22,7 +22,7 @@ def kernel(request):
 
 
 #: what takes the emulator longest and crosses no border that other tests do not
-LONG = ("test_frozen_head[", "test_frozen_head_of_many_features")
+LONG = ("test_frozen_head[", "test_frozen_head_of_many_features", "test_gradients_of_few_elements")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -261,10 +261,10 @@ def caught(mutation: Mutation) -> bool:
         built = ROOT / toolchain.FOLDER
         replaced = built / f"csrc_cuda_{mutation.kernel}.cu.emulator.o"
         objects = [o for o in sorted(built.glob("*.emulator.o")) if o != replaced]
-        flags = toolchain.COMMON.replace("-O3", "-O1").replace("-Icsrc", f"-I{copy}/csrc").split()
-        flags += ["-DPYFAST_EMULATOR", "-w", "-x", "c++"]
-        kernel = copy / "csrc" / "cuda" / f"{mutation.kernel}.cu"
-        subprocess.run([toolchain.CXX, *flags, "-c", kernel, "-o", copy / "kernel.o"], check=True)
+        # within the copy, so that ccache knows the same text again wherever the copy lies
+        flags = [*toolchain.COMMON.replace("-O3", "-O1").split(), "-DPYFAST_EMULATOR", "-w", "-x", "c++"]
+        kernel = Path("csrc", "cuda", f"{mutation.kernel}.cu")
+        subprocess.run([toolchain.CXX, *flags, "-c", kernel, "-o", "kernel.o"], cwd=copy, check=True)
         library = [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10", "-lpthread"]
         target = copy / "pyfast" / next((ROOT / "pyfast").glob("_emu.*so")).name
         subprocess.run([toolchain.CXX, "-shared", copy / "kernel.o", *objects, *library, "-o", target], check=True)

@@ -28,6 +28,7 @@ LONG = (
     "300-257-515-33",
     "2-32003",
     "test_mixed_dtypes",
+    "test_gradients_of_few_elements",
     "test_many_chunks[float32",
     "test_many_chunks[bfloat16-1]",
     "test_many_chunks[bfloat16-40000]",
