@@ -42,6 +42,9 @@ class Kernels:
         """a b, or a bᵀ where b is of out's columns."""
         return self._call("run_product", [a, b], out, a.dtype == torch.bfloat16, len(b) == a.shape[1], a.shape[1], bug)
 
+    def pair(self, a, b, out, deep, bug=0):
+        return self._call("run_pair", [a, b], out, a.dtype == torch.bfloat16, deep, a.shape[1], bug)
+
     def box(self, x, out):
         return self._call("run_box", [x], out, x.shape[-1])
 
@@ -149,6 +152,22 @@ def product_deep(kernels, **options):
     return kernels.product(a, b, poisoned(64, 128), **options), a.float() @ b.float()
 
 
+def pair(kernels, dtype=torch.bfloat16, deep=False, **options):
+    """By a cluster: multicast, arrivals at another block's barriers, wgmma of 256 columns, and TMA back to a matrix of
+    120 x 250, beyond which nothing is written."""
+    a, b = integers(128, 200, below=2), integers(256, 200, below=2)
+    out = kernels.pair(
+        a.to(dtype), (b.T.contiguous() if deep else b).to(dtype), poisoned(128, 256).to(dtype), deep, **options
+    )
+    expected = poisoned(128, 256)
+    expected[:120, :250] = (a @ b.T)[:120, :250]
+    return out.float().nan_to_num(1000.0), expected.nan_to_num(1000.0)
+
+
+def pair_deep(kernels, **options):
+    return pair(kernels, torch.float16, deep=True, **options)
+
+
 def box(kernels, **options):
     """A tile of 4 dimensions that reaches over the tensor's end in two of them."""
     x = torch.randn(3, 5, 9, 40).half()
@@ -159,4 +178,4 @@ def box(kernels, **options):
 SM_80 = (
     reverse, reverse_pairs, warp_sum, warp_scan, atomic_sum, pipeline, matmul_bf16, matmul_fp16, transpose, vectors,
 )  # fmt: skip
-SM_90A = (cluster_sum, product, product_fp16, product_deep, box)
+SM_90A = (cluster_sum, product, product_fp16, product_deep, pair, pair_deep, box)

@@ -5,9 +5,11 @@
 // Bound: memory. Panels are thin matrices, and the parts of a sum are read where lora_kernel left them, largely in the
 // L2 cache. The activation reads gate and up and writes their product; backward it reads the product's gradient too,
 // and writes both gradients and the product, which the next pass needs: 3 and 6 tensors of (rows, width), once each.
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/lora.cuh"
+#include "cuda/lora90.cuh"
 
 namespace pyfast::cuda {
 namespace {
@@ -41,6 +43,26 @@ __global__ void lora_pack_kernel(const __grid_constant__ LoraPack a) {
     value = load_as(from.dtype, from.data, (row - from.at) * from.row_stride + column * from.column_stride);
   }
   store_as(a.dtype, a.panel, row * a.ld + column, value);
+}
+
+constexpr int kGranules = 32;  // of a launch
+struct OperandLaunch {
+  LoraOperand a;
+  int64_t first, ld;  // granule; columns of out
+  struct {
+    int64_t column;
+    int count;
+    float scale;
+  } granules[kGranules];
+};
+__global__ void lora_operand_kernel(const __grid_constant__ OperandLaunch l) {
+  const int width = l.a.granule_count * kLoraGranule;
+  const int64_t i = thread_index(), row = i / width;
+  const int column = int(i % width), k = column % kLoraGranule;
+  if (row >= l.a.rows) return;
+  const auto& g = l.granules[column / kLoraGranule];
+  const float value = k < g.count ? g.scale * l.a.h[row * l.a.rank + g.column + k] : 0.f;
+  store_as(l.a.dtype, l.a.out, row * l.ld + l.first * kLoraGranule + column, value);
 }
 
 __global__ void lora_sum_kernel(const __grid_constant__ LoraSum a) {
@@ -161,6 +183,60 @@ extern "C" int pyfast_cuda_lora_pack(const LoraPack* a, void* stream) {
 extern "C" int pyfast_cuda_lora_sum(const LoraSum* a, void* stream) {
   const int64_t elements = a->rows * a->columns;
   return elements == 0 ? 0 : launch(lora_sum_kernel, one_thread_each(elements), *a, stream);
+}
+
+extern "C" int pyfast_cuda_lora_operand(const LoraOperand* a, void* stream) {
+  OperandLaunch l{*a, 0, int64_t(a->granule_count) * kLoraGranule, {}};
+  for (; l.first < a->granule_count; l.first += l.a.granule_count) {
+    l.a.granule_count = std::min(a->granule_count - int(l.first), kGranules);
+    for (int g = 0; g < l.a.granule_count; ++g) {
+      const LoraGranule& from = a->granules[l.first + g];
+      l.granules[g] = {from.column, from.count, from.scale};
+    }
+    const int64_t elements = a->rows * l.a.granule_count * kLoraGranule;
+    if (elements == 0) return 0;
+    if (int e = launch(lora_operand_kernel, one_thread_each(elements), l, stream)) return e;
+  }
+  return 0;
+}
+
+// Which of the two forms a large product on sm_90a, our own or torch's GEMM beside `up`: for hardware to decide. Its
+// own bound is the lower one (lora90.cuh), and cuBLAS's products may be the faster ones; neither was timed.
+constexpr bool kOwnProducts = true;
+
+extern "C" int pyfast_cuda_lora_product_serves(const LoraProduct* a, bool* serves) {
+  *serves = false;
+  Device device;
+  if (int e = get_device(device)) return e;
+  if (!kOwnProducts || device.architecture != 90 || a->dtype == DType::fp32) return 0;
+  // what TMA can copy
+  const auto copies = [](const void* data, int64_t rows, int64_t columns, int64_t ld) {
+    constexpr int64_t kMost = int64_t(1) << 31;
+    return data && reinterpret_cast<uintptr_t>(data) % 16 == 0 && ld % 8 == 0 && ld >= columns && rows > 0 &&
+           columns > 0 && rows < kMost && columns < kMost;
+  };
+  using L = Lora90<bf16>;
+  int64_t tiles = 0;
+  for (int r = 0; r < a->result_count; ++r) {
+    const LoraResult& result = a->results[r];
+    if (result.term_count >= kLoraTerms || !copies(result.data, a->rows, result.columns, result.columns)) return 0;
+    for (int i = 0; i < result.term_count; ++i) {
+      const LoraTerm& t = result.terms[i];
+      const int64_t rows = t.deep ? t.depth : result.columns, columns = t.deep ? result.columns : t.depth;
+      if (!copies(t.a, a->rows, t.depth, t.a_ld) || !copies(t.b, rows, columns, t.b_ld)) return 0;
+    }
+    tiles += (a->rows + L::kBlocks * L::kRows - 1) / (L::kBlocks * L::kRows) * L::tiles(result.columns);
+  }
+  // with fewer tiles, half of the processors and more would idle, and cuBLAS has smaller tiles and splits depths
+  *serves = 2 * tiles * L::kBlocks >= device.processors;
+  return 0;
+}
+
+extern "C" int pyfast_cuda_lora_product(const LoraProduct* a, void* stream) {
+  Device device;
+  if (int e = get_device(device)) return e;
+  return a->dtype == DType::bf16 ? lora90_bf16(*a, device.processors, stream)
+                                 : lora90_fp16(*a, device.processors, stream);
 }
 
 extern "C" int pyfast_cuda_lora_activation(const LoraActivation* a, void* stream) {

@@ -74,6 +74,44 @@ struct Lora {
   bool accumulate;
 };
 
+// h as an operand: (rows, 16 granules) in the dtype, a granule's scale times its columns of h, and zeros
+struct LoraOperand {
+  DType dtype;
+  int64_t rows, rank;
+  const float* h;
+  const LoraGranule* granules;  // on the host
+  int granule_count;
+  void* out;
+};
+
+// The sum of products of which several make a result, all of the same rows, in one launch; sm_90a.
+constexpr int kLoraTerms = 8;    // of a result, and of a launch
+constexpr int kLoraResults = 4;  // of a launch
+
+// a (rows, depth) times b, which has a row for each column of the result, (columns, depth), or, `deep`, for each depth,
+// (depth, columns). Rows are `ld` elements apart.
+struct LoraTerm {
+  const void *a, *b;  // b: null for a matrix that has neither contiguous rows nor columns, or no element
+  int64_t a_ld, b_ld, depth;
+  bool deep;
+};
+// (rows, columns), contiguous
+struct LoraResult {
+  void* data;
+  int64_t columns;
+  const void* bias;  // (columns,), or null
+  DType bias_dtype;
+  int64_t bias_stride;
+  const LoraTerm* terms;  // on the host
+  int term_count;
+};
+struct LoraProduct {
+  DType dtype;
+  int64_t rows;
+  const LoraResult* results;  // on the host
+  int result_count;
+};
+
 // out[i, j] = the sum of parts[p, i, j]
 struct LoraSum {
   const float* parts;  // rows `ld` apart
@@ -102,5 +140,9 @@ int pyfast_cuda_lora_pack(const pyfast::cuda::LoraPack* arguments, void* stream)
 int pyfast_cuda_lora_down(const pyfast::cuda::Lora* arguments, void* stream);  // down, and outer where asked for
 int pyfast_cuda_lora_up(const pyfast::cuda::Lora* arguments, void* stream);    // up and outer, where asked for
 int pyfast_cuda_lora_sum(const pyfast::cuda::LoraSum* arguments, void* stream);
+int pyfast_cuda_lora_operand(const pyfast::cuda::LoraOperand* arguments, void* stream);
+// serves = whether this device has a kernel of our own for the product, better than torch's GEMM and `up`
+int pyfast_cuda_lora_product_serves(const pyfast::cuda::LoraProduct* arguments, bool* serves);
+int pyfast_cuda_lora_product(const pyfast::cuda::LoraProduct* arguments, void* stream);
 int pyfast_cuda_lora_activation(const pyfast::cuda::LoraActivation* arguments, void* stream);
 }

@@ -1,6 +1,6 @@
 // The PTX instructions of sm_90a, each in one small function, with its meaning for the emulator: mbarriers, tiles
-// copied by TMA, and wgmma. Operands of wgmma lie in rows of 128 bytes with 128-byte swizzle, as TMA leaves them: a
-// row of the operand, K-major, or, of b, 64 of its columns of one depth.
+// copied by TMA, both ways, and wgmma. Operands of wgmma lie in rows of 128 bytes with 128-byte swizzle, as TMA leaves
+// them: a row of the operand, K-major, or, of b, 64 of its columns of one depth.
 #pragma once
 #include "cuda/ptx.cuh"
 #if defined(PYFAST_EMULATOR)
@@ -67,6 +67,19 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
+// Arrives at the barrier that stands there in a block of the cluster. Nothing but the phase is told to it: a release to
+// the cluster would wait for all of this thread's memory.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, int rank) {
+#if defined(PYFAST_EMULATOR)
+  simt::mbarrier_arrive_cluster(barrier, rank);
+#else
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
 // Arrives, and announces bytes that TMA will bring
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
 #if defined(PYFAST_EMULATOR)
@@ -121,6 +134,58 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
 #endif
 }
 
+// The same to the same place in each block of the cluster whose bit is set, whose barriers there each learn of it
+__device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, const int (&at)[2],
+                                         uint16_t blocks) {
+#if defined(PYFAST_EMULATOR)
+  simt::tma_load(shared, map, barrier, {at[0], at[1], 0, 0}, blocks);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "h"(blocks)
+      : "memory");
+#endif
+}
+
+// ---- TMA back to global memory: shared memory, laid out as tma_load leaves it, to the box at x, y; what lies outside
+// the tensor is left out. One thread asks for it, after all that wrote there have fenced, and met at a barrier.
+
+// Before TMA reads what this thread wrote to shared memory (PTX ISA, "Async proxy")
+__device__ __forceinline__ void fence_async() {
+#if defined(PYFAST_EMULATOR)
+  simt::fence_async();
+#else
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void tma_store(const TensorMap* map, const void* shared, const int (&at)[2]) {
+#if defined(PYFAST_EMULATOR)
+  simt::tma_store(map, shared, {at[0], at[1], 0, 0});
+#else
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(shared_address(shared)), "r"(at[0]), "r"(at[1])
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void commit_stores() {
+#if defined(PYFAST_EMULATOR)
+  simt::commit_stores();
+#else
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+// Until the shared memory of this thread's stores has been read, but for the last kLeft groups; before it is written
+// again, and before the block ends
+template <int kLeft>
+__device__ __forceinline__ void wait_stores() {
+#if defined(PYFAST_EMULATOR)
+  simt::wait_stores(kLeft);
+#else
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
 // ---- registers: from here on a warp group's threads have so many each, no more than the block began with in all
 
 template <int kCount>
@@ -170,22 +235,25 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// d (64 x 128) += a (64 x 16) b (128 x 16)^T by a warp group; with kBDeep b's rows in memory are depths. A thread of
-// warp w holds rows 16 w + lane / 4 and 8 below, columns 8 j + 2 (lane % 4) and the next: d[4 j], d[4 j + 1], and below
-// d[4 j + 2], d[4 j + 3].
-template <class T, bool kBDeep = false>
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
+// d (64 x n) += a (64 x 16) b (n x 16)^T by a warp group, n = 128 or 256, twice d's size; with kBDeep b's rows in
+// memory are depths. A thread of warp w holds rows 16 w + lane / 4 and 8 below, columns 8 j + 2 (lane % 4) and the
+// next: d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].
+template <class T, bool kBDeep = false, int kSums>
+__device__ __forceinline__ void wgmma(float (&d)[kSums], uint64_t a, uint64_t b) {
+  static_assert(kSums == 64 || kSums == 128);
 #if defined(PYFAST_EMULATOR)
   float* const to = d;
   simt::defer([=] {
     const int lane = simt::current->lane, row = simt::current->linear / 32 % 4 * 16 + lane / 4;
-    const auto element = [](uint64_t descriptor, int r, int k, bool deep) {
-      return to_float(*static_cast<const T*>(simt::descriptor_element(descriptor, r, k, deep)));
+    const auto elements = [](uint64_t descriptor, int r, bool deep, float (&to)[16]) {
+      uint16_t bits[16];
+      simt::descriptor_row(descriptor, r, deep, bits);
+      for (int k = 0; k < 16; ++k) to[k] = to_float(T{bits[k]});
     };
     float left[2][16], right[16];
-    for (int i = 0; i < 32; ++i) left[i / 16][i % 16] = element(a, row + i / 16 * 8, i % 16, false);
-    for (int i = 0; i < 32; ++i) {
-      for (int k = 0; k < 16; ++k) right[k] = element(b, i / 2 * 8 + lane % 4 * 2 + i % 2, k, kBDeep);
+    for (int h = 0; h < 2; ++h) elements(a, row + h * 8, false, left[h]);
+    for (int i = 0; i < kSums / 2; ++i) {
+      elements(b, i / 2 * 8 + lane % 4 * 2 + i % 2, kBDeep, right);
       for (int h = 0; h < 2; ++h) {
         float sum = 0.f;
         for (int k = 0; k < 16; ++k) sum += left[h][k] * right[k];
@@ -195,20 +263,44 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
   });
 #else
 #define PYFAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define PYFAST_WGMMA(types)                                                                                            \
+#define PYFAST_WGMMA128(types)                                                                                         \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                                    \
-               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"  \
-               "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"  \
-               "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, %66;"                          \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"              \
+               "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"              \
+               "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, %66;"  \
                : PYFAST_D4(0), PYFAST_D4(4), PYFAST_D4(8), PYFAST_D4(12), PYFAST_D4(16), PYFAST_D4(20), PYFAST_D4(24), \
                  PYFAST_D4(28), PYFAST_D4(32), PYFAST_D4(36), PYFAST_D4(40), PYFAST_D4(44), PYFAST_D4(48),             \
                  PYFAST_D4(52), PYFAST_D4(56), PYFAST_D4(60)                                                           \
                : "l"(a), "l"(b), "n"(int(kBDeep)))
-  if constexpr (std::is_same_v<T, bf16>)
-    PYFAST_WGMMA("bf16.bf16");
-  else
-    PYFAST_WGMMA("f16.f16");
-#undef PYFAST_WGMMA
+#define PYFAST_WGMMA256(types)                                                                                         \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." types                                                    \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"              \
+               "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"              \
+               "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,"              \
+               "%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,"              \
+               "%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,"                 \
+               "%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"                 \
+               "%126,%127}, %128, %129, 1, 1, 1, 0, %130;"                                                             \
+               : PYFAST_D4(0), PYFAST_D4(4), PYFAST_D4(8), PYFAST_D4(12), PYFAST_D4(16), PYFAST_D4(20), PYFAST_D4(24), \
+                 PYFAST_D4(28), PYFAST_D4(32), PYFAST_D4(36), PYFAST_D4(40), PYFAST_D4(44), PYFAST_D4(48),             \
+                 PYFAST_D4(52), PYFAST_D4(56), PYFAST_D4(60), PYFAST_D4(64), PYFAST_D4(68), PYFAST_D4(72),             \
+                 PYFAST_D4(76), PYFAST_D4(80), PYFAST_D4(84), PYFAST_D4(88), PYFAST_D4(92), PYFAST_D4(96),             \
+                 PYFAST_D4(100), PYFAST_D4(104), PYFAST_D4(108), PYFAST_D4(112), PYFAST_D4(116), PYFAST_D4(120),       \
+                 PYFAST_D4(124)                                                                                        \
+               : "l"(a), "l"(b), "n"(int(kBDeep)))
+  if constexpr (kSums == 64) {
+    if constexpr (std::is_same_v<T, bf16>)
+      PYFAST_WGMMA128("bf16.bf16");
+    else
+      PYFAST_WGMMA128("f16.f16");
+  } else {
+    if constexpr (std::is_same_v<T, bf16>)
+      PYFAST_WGMMA256("bf16.bf16");
+    else
+      PYFAST_WGMMA256("f16.f16");
+  }
+#undef PYFAST_WGMMA128
+#undef PYFAST_WGMMA256
 #undef PYFAST_D4
 #endif
 }

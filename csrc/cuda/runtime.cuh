@@ -16,6 +16,7 @@ namespace pyfast::cuda {
 struct Device {
   int architecture;  // 80, 90
   int shared_bytes;  // that one block may have
+  int processors;
 };
 struct Shape {
   int64_t blocks;
@@ -31,6 +32,7 @@ struct Shape {
 inline int get_device(Device& d) {
   d.architecture = simt::options().architecture;
   d.shared_bytes = d.architecture == 80 ? 163 << 10 : 227 << 10;
+  d.processors = 4;  // few, so that the blocks of a kernel that stays have several tiles each
   return 0;
 }
 template <class Arguments>
@@ -50,6 +52,7 @@ inline int get_device(Device& d) {
   if (int e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
   if (int e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) return e;
   d.architecture = 10 * major + minor;
+  if (int e = cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, device)) return e;
   return cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 template <class Arguments>

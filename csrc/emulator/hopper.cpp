@@ -2,6 +2,7 @@
 
 #include <array>
 #include <utility>
+#include <vector>
 
 namespace simt {
 namespace {
@@ -26,13 +27,21 @@ void end_if_complete(State& s) {
   s.phase ^= 1;
 }
 
-void copy_tile(const TensorMap& m, const int (&begin)[4], uint8_t* to, uint8_t* shared, State& s) {
-  uint8_t* const first = to;
+void arrive(State& s, int bytes) {
+  if (s.pending == 0) fail("mbarrier.arrive: more arrivals than the barrier expects");
+  s.bytes += bytes;
+  --s.pending;
+  end_if_complete(s);
+}
+
+// f(element's bytes in the tensor, or null outside of it, and in shared memory) for all of a box
+template <class F>
+void for_box(const TensorMap& m, const int (&begin)[4], uint64_t place, F f) {
   int at[4];
   for (at[3] = 0; at[3] < m.box[3]; ++at[3])
     for (at[2] = 0; at[2] < m.box[2]; ++at[2])
       for (at[1] = 0; at[1] < m.box[1]; ++at[1])
-        for (at[0] = 0; at[0] < m.box[0]; ++at[0], to += m.element_bytes) {
+        for (at[0] = 0; at[0] < m.box[0]; ++at[0], place += m.element_bytes) {
           bool inside = true;
           int64_t offset = 0;
           for (int i = 0; i < 4; ++i) {
@@ -40,15 +49,29 @@ void copy_tile(const TensorMap& m, const int (&begin)[4], uint8_t* to, uint8_t* 
             inside = inside && x >= 0 && x < m.sizes[i];
             offset += x * m.strides[i];
           }
-          uint64_t place = to - shared;
-          if (m.swizzled) place ^= (place >> 7 & 7) << 4;
-          if (inside)
-            memcpy(shared + place, m.base + offset, m.element_bytes);
-          else
-            memset(shared + place, 0, m.element_bytes);
+          f(inside ? m.base + offset : nullptr, m.swizzled ? place ^ (place >> 7 & 7) << 4 : place);
         }
-  s.bytes -= int(to - first);
+}
+
+int box_bytes(const TensorMap& m) { return m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.element_bytes; }
+
+void copy_tile(const TensorMap& m, const int (&begin)[4], uint8_t* to, uint8_t* shared, State& s) {
+  for_box(m, begin, to - shared, [&](const uint8_t* from, uint64_t place) {
+    if (from)
+      memcpy(shared + place, from, m.element_bytes);
+    else
+      memset(shared + place, 0, m.element_bytes);
+  });
+  s.bytes -= box_bytes(m);
   end_if_complete(s);
+}
+
+using Groups = std::vector<std::vector<std::function<void()>>>;  // the last one is open
+void wait_groups(Groups& groups, int left) {
+  while (int(groups.size()) - 1 > left) {
+    for (const auto& work : groups.front()) work();
+    groups.erase(groups.begin());
+  }
 }
 
 }  // namespace
@@ -60,12 +83,10 @@ void mbarrier_init(uint64_t* barrier, int arrivals) {
   memcpy(barrier, &s, 8);
 }
 
-void mbarrier_arrive(uint64_t* barrier, int bytes) {
-  State* s = state_of(barrier, "mbarrier.arrive");
-  if (s->pending == 0) fail("mbarrier.arrive: more arrivals than the barrier expects");
-  s->bytes += bytes;
-  --s->pending;
-  end_if_complete(*s);
+void mbarrier_arrive(uint64_t* barrier, int bytes) { arrive(*state_of(barrier, "mbarrier.arrive"), bytes); }
+void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
+  state_of(barrier, "mbarrier.arrive");
+  arrive(*static_cast<State*>(map_shared(barrier, rank)), 0);
 }
 
 void mbarrier_wait(uint64_t* barrier, int parity) {
@@ -96,18 +117,48 @@ int encode_tensor_map(TensorMap& m) {
   return 0;
 }
 
-void tma_load(void* to, const TensorMap* map, uint64_t* barrier, const int (&at)[4]) {
-  const int bytes = map->box[0] * map->box[1] * map->box[2] * map->box[3] * map->element_bytes;
+void tma_load(void* to, const TensorMap* map, uint64_t* barrier, const int (&at)[4], uint16_t blocks) {
+  const int bytes = box_bytes(*map);
   check_shared(to, bytes, map->swizzled ? 1024 : 128, "TMA");
-  // the map by value: it is a kernel's argument, and this copy of it may be gone when the tile arrives
-  auto finish = [m = *map, begin = std::array{at[0], at[1], at[2], at[3]}, to = static_cast<uint8_t*>(to),
-                 shared = current->block->shared, s = state_of(barrier, "TMA")] {
-    copy_tile(m, {begin[0], begin[1], begin[2], begin[3]}, to, shared, *s);
-  };
-  if (!options().lazy) return finish();
-  memset(to, 0xFF, bytes);  // in flight: what is there is garbage
-  current->block->transfers.push_back({barrier, finish});
+  state_of(barrier, "TMA");
+  const Block& own = *current->block;
+  if (blocks >> own.cluster_size) fail("TMA to a block that the cluster does not have");
+  for (int rank = 0; rank < own.cluster_size; ++rank) {
+    if (blocks ? !(blocks >> rank & 1) : rank != own.rank) continue;
+    Block& other = own.cluster[rank];
+    auto* const there = static_cast<uint8_t*>(map_shared(to, rank));
+    auto* const state = static_cast<State*>(map_shared(barrier, rank));
+    // the map by value: it is a kernel's argument, and this copy of it may be gone when the tile arrives
+    auto finish = [m = *map, begin = std::array{at[0], at[1], at[2], at[3]}, there, shared = other.shared, state] {
+      copy_tile(m, {begin[0], begin[1], begin[2], begin[3]}, there, shared, *state);
+    };
+    if (!options().lazy) {
+      finish();
+      continue;
+    }
+    memset(there, 0xFF, bytes);  // in flight: what is there is garbage
+    other.transfers.push_back({state, finish});
+  }
 }
+
+void fence_async() { current->fenced = true; }
+void tma_store(const TensorMap* map, const void* from, const int (&at)[4]) {
+  check_shared(from, box_bytes(*map), map->swizzled ? 1024 : 128, "TMA");
+  if (!current->fenced) fail("a TMA store of what was written without fence.proxy.async");
+  auto store = [m = *map, begin = std::array{at[0], at[1], at[2], at[3]}, from = static_cast<const uint8_t*>(from),
+                shared = current->block->shared] {
+    for_box(m, {begin[0], begin[1], begin[2], begin[3]}, from - shared, [&](const uint8_t* to, uint64_t place) {
+      if (to) memcpy(const_cast<uint8_t*>(to), shared + place, m.element_bytes);
+    });
+  };
+  if (!options().lazy) return store();
+  current->stores.back().push_back(store);
+}
+void commit_stores() {
+  current->fenced = false;
+  current->stores.emplace_back();
+}
+void wait_stores(int left) { wait_groups(current->stores, left); }
 
 void defer(std::function<void()> work) {
   if (options().lazy)
@@ -116,24 +167,21 @@ void defer(std::function<void()> work) {
     work();
 }
 void commit_deferred() { current->deferred.emplace_back(); }
-void wait_deferred(int left) {
-  auto& groups = current->deferred;  // the last one is open
-  while (int(groups.size()) - 1 > left) {
-    for (const auto& work : groups.front()) work();
-    groups.erase(groups.begin());
-  }
-}
+void wait_deferred(int left) { wait_groups(current->deferred, left); }
 
-const void* descriptor_element(uint64_t descriptor, int row, int k, bool deep) {
+void descriptor_row(uint64_t descriptor, int row, bool deep, uint16_t (&elements)[16]) {
   if (descriptor >> 62 != 1) fail("wgmma: only operands with 128-byte swizzle are emulated");
   const uint64_t start = (descriptor & 0x3FFF) << 4, group = (descriptor >> 32 & 0x3FFF) << 4;
   const uint64_t next = (descriptor >> 16 & 0x3FFF) << 4;
-  uint64_t at = start + (deep ? row / 64 * next + k / 8 * group + k % 8 * 128 + row % 64 * 2
-                              : row / 8 * group + row % 8 * 128 + k * 2);
-  at ^= (at >> 7 & 7) << 4;
-  const uint8_t* p = current->block->shared + at;
-  check_shared(p, 2, 2, "a wgmma operand");
-  return p;
+  const int each = deep ? 1 : 8;  // elements that lie together: one of each depth, or a chunk
+  for (int k = 0; k < 16; k += each) {
+    uint64_t at = start + (deep ? row / 64 * next + k / 8 * group + k % 8 * 128 + row % 64 * 2
+                                : row / 8 * group + row % 8 * 128 + k * 2);
+    at ^= (at >> 7 & 7) << 4;
+    const uint8_t* p = current->block->shared + at;
+    check_shared(p, 2 * each, 2 * each, "a wgmma operand");
+    memcpy(elements + k, p, 2 * each);
+  }
 }
 
 }  // namespace simt

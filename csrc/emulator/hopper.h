@@ -7,8 +7,9 @@ namespace simt {
 
 // ---- mbarrier: 8 bytes of shared memory. A phase ends when all arrivals and all bytes that they announced have come.
 void mbarrier_init(uint64_t* barrier, int arrivals);
-void mbarrier_arrive(uint64_t* barrier, int bytes);  // and announces so many bytes
-void mbarrier_wait(uint64_t* barrier, int parity);   // until the phase of this parity has ended
+void mbarrier_arrive(uint64_t* barrier, int bytes);         // and announces so many bytes
+void mbarrier_arrive_cluster(uint64_t* barrier, int rank);  // at that block's barrier in the same place
+void mbarrier_wait(uint64_t* barrier, int parity);          // until the phase of this parity has ended
 
 // ---- TMA
 struct TensorMap {
@@ -20,16 +21,27 @@ struct TensorMap {
 };
 // 0, or 1 for what the driver refuses
 int encode_tensor_map(TensorMap& map);
-// The box at `at`, zeros outside the tensor, to shared memory; tells the barrier its bytes
-void tma_load(void* to, const TensorMap* map, uint64_t* barrier, const int (&at)[4]);
+// The box at `at`, zeros outside the tensor, to shared memory; tells the barrier its bytes. With `blocks`, to the same
+// place in each block of the cluster whose bit is set, and to its barrier.
+void tma_load(void* to, const TensorMap* map, uint64_t* barrier, const int (&at)[4], uint16_t blocks = 0);
+
+// A box of shared memory to the tensor, without what lies outside of it, in the calling thread's open group; in the
+// lazy mode it is read when it is waited for. A thread may not ask for it before it has fenced: of the threads that
+// wrote there, it stands for all.
+void fence_async();
+void tma_store(const TensorMap* map, const void* from, const int (&at)[4]);
+void commit_stores();
+void wait_stores(int left);
 
 // ---- asynchronous work of one thread, in groups
 void defer(std::function<void()> work);
 void commit_deferred();
 void wait_deferred(int left);
 
-// The element of a wgmma operand that a descriptor names: row r, depth k, with 128-byte swizzle, K-major or, where its
-// rows in memory are depths, not
-const void* descriptor_element(uint64_t descriptor, int row, int k, bool deep);
+// The 16 elements of a row of a wgmma operand that a descriptor names, with 128-byte swizzle, K-major or, where its
+// rows in memory are depths, MN-major (PTX ISA, "Matrix Descriptor Format" and "Strides": a row's 64 neighbours lie in
+// rows of 128 bytes, one per depth, 8 of them to a group, the stride's bytes to the next; the leading dimension's bytes
+// lead to the next 64 rows)
+void descriptor_row(uint64_t descriptor, int row, bool deep, uint16_t (&elements)[16]);
 
 }  // namespace simt

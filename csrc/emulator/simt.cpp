@@ -122,6 +122,8 @@ void fiber_main() {
   Fiber& self = *current;
   try {
     (*scheduler.body)();
+    for (const auto& group : self.stores)
+      if (!group.empty()) fail("a thread exits before shared memory that it stores has been read");
   } catch (const Failure& failure) {
     scheduler.failed = true;
     scheduler.failure = failure.message;
@@ -173,6 +175,7 @@ void prepare(const Launch& l, Block& b, int rank, size_t number) {
     f.linear = i, f.lane = i % 32;
     f.copies.resize(1);
     f.deferred.resize(1);
+    f.stores.resize(1);
     f.warp->alive |= 1u << f.lane;
     b.fibers.push_back(&f);
   }

@@ -75,6 +75,8 @@ struct Fiber {
   const std::function<bool()>* condition = nullptr;          // or until this holds
   std::vector<std::vector<Copy>> copies;                     // cp.async groups, the last one open
   std::vector<std::vector<std::function<void()>>> deferred;  // wgmma groups, likewise
+  std::vector<std::vector<std::function<void()>>> stores;    // TMA's, likewise
+  bool fenced = false;                                       // since its last group of stores, for the async proxy
 };
 
 struct Block {

@@ -235,6 +235,84 @@ __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c
 #endif
 }
 
+// out (128 x 256) = a b^T, 16-bit, by a cluster of two blocks that have 64 rows of a each (128 x depth), and of which
+// each copies half of b for both: (256 x depth), or, deep, (depth x 256). Out goes by TMA, half of the columns at a
+// time.
+struct Pair {
+  TensorMap a, b, out;
+  int depth, bug;
+};
+template <class T, bool kDeep>
+__global__ void __launch_bounds__(160) pair(const __grid_constant__ Pair c) {
+#if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYFAST_SHARED(shared);
+  constexpr int kBox = 64 * 128, kA = kBox, kB = 4 * kBox, kStage = kA + kB;
+  unsigned char* const out = shared + 2 * kStage;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(out + 2 * kBox);
+  uint64_t* const empty = full + 2;
+  const int i = threadIdx.x, rank = blockIdx.x % 2, steps = (c.depth + 63) / 64;
+  if (i == 0) {
+    for (int s = 0; s < 2; ++s) {
+      mbarrier_init(full + s, 1);
+      mbarrier_init(empty + s, 2);
+    }
+    fence_mbarrier_init();
+  }
+  cluster_barrier();
+  if (i >= 128) {
+    if (i == 128)
+      for (int k = 0; k < steps; ++k) {
+        const int s = k % 2;
+        unsigned char *const a = shared + s * kStage, *const b = a + kA;
+        const uint16_t both = c.bug == 3 ? 7 : c.bug == 4 ? 1 << rank : 3;
+        mbarrier_wait(empty + s, k / 2 % 2 ^ 1);
+        mbarrier_arrive_expect(full + s, c.bug == 5 ? kStage - 2 * kBox : kStage);
+        tma_load<2>(a, &c.a, full + s, {k * 64, rank * 64});
+        for (int box = 2 * rank; box < 2 * rank + 2; ++box)
+          if (kDeep)
+            tma_load(b + box * kBox, &c.b, full + s, {box * 64, k * 64}, both);
+          else
+            tma_load(b + box * kBox, &c.b, full + s, {k * 64, box * 64}, both);
+      }
+  } else {
+    float d[128] = {};
+    for (int k = 0; k < steps; ++k) {
+      const int s = k % 2;
+      const unsigned char *const a = shared + s * kStage, *const b = a + kA;
+      mbarrier_wait(full + s, k / 2 % 2);
+      wgmma_fence();
+      for (int step = 0; step < 4; ++step)
+        wgmma<T, kDeep>(
+            d, wgmma_descriptor(a + step * 32),
+            kDeep ? wgmma_descriptor(b + step * 2048, c.bug == 1 ? 16 : kBox) : wgmma_descriptor(b + step * 32));
+      wgmma_commit();
+      wgmma_wait<0>();
+      for (int late = c.bug == 11 && rank ? 3 : 1; late; --late) named_barrier(1, 128);
+      if (i < (c.bug == 2 ? 1 : 2)) mbarrier_arrive(empty + s, c.bug == 6 ? i + 1 : i);
+    }
+    if (c.bug == 11 && rank == 0) return;  // a block leaves while the other may arrive at its barriers
+    for (int half = 0; half < 2; ++half) {
+      if (i == 0 && c.bug != 7) wait_stores<0>();
+      named_barrier(1, 128);
+      for (int j = 0; j < 32; ++j) {
+        const int r = i / 32 * 16 + i % 32 / 4 + j % 2 * 8, e = (half * 16 + j / 2) * 4 + j % 2 * 2;
+        const uint32_t both = pack<T>(d[e], d[e + 1]);
+        memcpy(out + j / 16 * kBox + r * 128 + ((j / 2 % 8) ^ (r % 8)) * 16 + i % 4 * 4, &both, 4);
+      }
+      if (c.bug != 8) fence_async();
+      named_barrier(1, 128);
+      if (i) continue;
+      for (int box = 0; box < 2; ++box)
+        tma_store(&c.out, out + box * kBox + (c.bug == 9 ? 128 : 0), {half * 128 + box * 64, rank * 64});
+      commit_stores();
+    }
+    if (i == 0 && c.bug != 10) wait_stores<0>();
+  }
+  __syncwarp();
+  if (c.bug != 11 || rank) cluster_barrier();
+#endif
+}
+
 // out = the box (3 x 2 x 8 x 64) at (0, 2, 1, 0) of a tensor (3, 5, 9, n), 16-bit, out of its swizzled rows
 struct Box {
   TensorMap map;
@@ -283,6 +361,18 @@ PYFAST_EXPORT int run_product(const void* a, const void* b, float* out, bool is_
   const auto kernel = is_bf16 ? (b_deep ? product<bf16, true> : product<bf16, false>)
                               : (b_deep ? product<fp16, true> : product<fp16, false>);
   return finished(launch(kernel, {1, 160, 2 * 192 * 128 + 32}, c, nullptr));
+}
+PYFAST_EXPORT int run_pair(const void* a, const void* b, void* out, bool is_bf16, bool deep, int depth, int bug) {
+  Pair c{{}, {}, {}, depth, bug};
+  const DType type = is_bf16 ? DType::bf16 : DType::fp16;
+  if (int e = make_tensor_map<2>(c.a, type, a, {depth, 128}, {2, depth * 2}, {64, 64})) return e;
+  if (int e = deep ? make_tensor_map<2>(c.b, type, b, {256, depth}, {2, 512}, {64, 64})
+                   : make_tensor_map<2>(c.b, type, b, {depth, 256}, {2, depth * 2}, {64, 64}))
+    return e;
+  if (int e = make_tensor_map<2>(c.out, type, out, {250, 120}, {2, 512}, {64, 64})) return e;
+  const auto kernel =
+      is_bf16 ? (deep ? pair<bf16, true> : pair<bf16, false>) : (deep ? pair<fp16, true> : pair<fp16, false>);
+  return finished(launch(kernel, {2, 160, (2 * 5 + 2) * 64 * 128 + 32, 2}, c, nullptr));
 }
 PYFAST_EXPORT int run_box(const void* x, float* out, int n) {
   Box c{{}, out};

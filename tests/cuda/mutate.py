@@ -40,6 +40,7 @@ GEMM, GEMM90 = "gemm.cuh", "gemm90.cuh"
 HEAD, HEAD_ROWS = "linear_cross_entropy.cuh", "linear_cross_entropy.cu"
 HEAD_ALL, HEAD_BF16, HEAD_FP32 = (f"linear_cross_entropy{suffix}" for suffix in ("", "_bf16", "_fp32"))
 LORA, LORA16, LORA32 = "lora.cuh", "lora_bf16", "lora_fp32"
+LORA90, LORA90_16, ON90 = "lora90.cuh", "lora90_bf16", "sm_90a and whole_vectors and bfloat16"
 RULE = "test_error_rule"
 MUTATIONS = [
     Mutation("dropped rescale", LOSS_FILE, "sum *= exp(max - shift);", "", LOSS, "largest_logit_moves"),
@@ -253,6 +254,57 @@ MUTATIONS = [
     Mutation("columns copied twice", GEMM90, "int(column) + 64, at", "int(column), at", HEAD_BF16, "hopper"),
     Mutation("a warp group's rows", GEMM90, "warp_row / 128 * 128 * 128", "0", HEAD_BF16, "hopper"),
     Mutation("the adapter's boxes", GEMM90, "&boxes.a[second]", "&boxes.a[0]", HEAD_BF16, "hopper"),
+    Mutation("a product's tile not waited for", LORA90, "step / kStages % 2);\n      wgmma_fence",
+             "step / kStages % 2 ^ 1);\n      wgmma_fence", LORA90_16, ON90),
+    Mutation("a ring's stage filled while it is read", LORA90, "if (round > 0) mbarrier_wait(",
+             "if (false) mbarrier_wait(", LORA90_16, ON90),
+    Mutation("the phase of a freed stage", LORA90, "(round - 1) % 2", "round % 2", LORA90_16, ON90),
+    Mutation("a ring that begins anew with each tile", LORA90, "multiply<true>(l.terms[i].depth, step, sums)",
+             "step = 0, multiply<true>(l.terms[i].depth, step, sums)", LORA90_16, ON90),
+    Mutation("a ring's stage freed too soon", LORA90, "release(step - 1);  // it has", "release(step);  // it has",
+             LORA90_16, ON90),
+    Mutation("a stage freed for its own block alone", LORA90, "if (threadIdx.x % 32 < kBlocks) mbarrier",
+             "if (threadIdx.x % 32 < 1) mbarrier", LORA90_16, ON90),
+    Mutation("a stage freed by one block's warps", LORA90, "kBlocks * kConsumers / 32", "kConsumers / 32", LORA90_16,
+             ON90),
+    Mutation("a stage freed by a warp's first lanes", LORA90, "__syncwarp();\n    if (threadIdx.x % 32 < kBlocks)",
+             "if (threadIdx.x % 32 < kBlocks)", LORA90_16, ON90),
+    Mutation("a term's products still in flight", LORA90, "wgmma_wait<0>();\n    release", "release", LORA90_16, ON90),
+    Mutation("a step's products still in flight", LORA90, "wgmma_wait<1>();", "wgmma_wait<2>();", LORA90_16, ON90),
+    Mutation("the next 64 columns of a deep tile", LORA90, "wgmma_descriptor(b + k * 16 * 128, kBoxBytes)",
+             "wgmma_descriptor(b + k * 16 * 128)", LORA90_16, ON90),
+    Mutation("16 depths further in a deep tile", LORA90, "b + k * 16 * 128", "b + k * 32", LORA90_16, ON90),
+    Mutation("the other block's half of b", LORA90, "at, column + rank * (kColumns / 2)", "at, column", LORA90_16,
+             ON90),
+    Mutation("the other block's half of a deep b", LORA90, "column + box * 64, at}", "column + box % 2 * 64, at}",
+             LORA90_16, ON90),
+    Mutation("another warp group's rows", LORA90, "group() * 64 * 128;", "0;", LORA90_16, ON90),
+    Mutation("the last depths of a term", LORA90, "(depth % kDepth + 15) / 16", "depth % kDepth / 16", LORA90_16, ON90),
+    Mutation("no bias in a product", LORA90, "if (result.bias) {", "if (false) {", LORA90_16, ON90),
+    Mutation("a bias for half of the rows", LORA90, ", sums[4 * j + e + 2] += x;", ";", LORA90_16, ON90),
+    Mutation("a bias of fp32 read as 16-bit", LORA90, "result.bias_wide ?", "false ?", LORA90_16, ON90),
+    Mutation("a result overwritten before it has left", LORA90, "if (leads()) wait_stores<0>();\n      named",
+             "named", LORA90_16, ON90),
+    Mutation("no barrier before a result is written", LORA90, "named_barrier(1 + group(), 128);  // what was",
+             "// what was", LORA90_16, ON90),
+    Mutation("a result that no fence made visible", LORA90, "fence_async();", "", LORA90_16, ON90),
+    Mutation("no barrier before a result leaves", LORA90, "fence_async();\n      named_barrier(1 + group(), 128);",
+             "fence_async();", LORA90_16, ON90),
+    Mutation("a block ends before its results have left", LORA90, "if (leads()) wait_stores<0>();\n  }", "}",
+             LORA90_16, ON90),
+    Mutation("a result's swizzle", LORA90, "(j % 8 ^ r % 8) * 16", "j % 8 * 16", LORA90_16, ON90),
+    Mutation("the first group's rows again", LORA90, "(first + in_group % rows)", "(in_group % rows)", LORA90_16, ON90),
+    Mutation("every result's first columns", LORA90, "column -= this->columns(result)", "column = 0", LORA90_16, ON90),
+    Mutation("a block leaves while the other writes to it", LORA90, "cluster_barrier();  // no block", "// no block",
+             LORA90_16, ON90),
+    Mutation("a cluster that is not there yet", LORA90, "block.begin();\n  cluster_barrier();",
+             "block.begin();\n  __syncthreads();", LORA90_16, ON90),
+    Mutation("an operand without its scale", "lora.cu", "g.scale * l.a.h", "l.a.h", "lora", ON90),
+    Mutation("an operand's columns that are not there", "lora.cu", "k < g.count ? g.scale", "true ? g.scale", "lora",
+             ON90),
+    Mutation("TMA from anywhere", "lora.cu", "reinterpret_cast<uintptr_t>(data) % 16 == 0 && ld", "ld", "lora",
+             "sm_90a and only_look"),
+    Mutation("TMA of rows of any length", "lora.cu", "ld % 8 == 0 &&", "", "lora", "sm_90a and linear_shapes"),
 ]  # fmt: skip
 
 
@@ -268,7 +320,7 @@ def caught(mutation: Mutation) -> bool:
         library = [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10", "-lpthread"]
         target = copy / "pyfast" / next((ROOT / "pyfast").glob("_emu.*so")).name
         subprocess.run([toolchain.CXX, "-shared", copy / "kernel.o", *objects, *library, "-o", target], check=True)
-        op = re.sub("_(fp32|bf16|fp16)$", "", mutation.kernel)
+        op = re.sub("(90)?_(fp32|bf16|fp16)$", "", mutation.kernel)
         return mutations.fails(copy, mutation, f"tests/cuda/test_op_{op}.py")
 
 

@@ -17,6 +17,8 @@ from instructions import (
     compiled_for_gpus,
     matmul_bf16,
     matmul_fp16,
+    pair,
+    pair_deep,
     pipeline,
     product,
     product_deep,
@@ -94,6 +96,17 @@ BUGS = [
     (product, 8, None),
     (product, 9, None),
     (product_deep, 10, None),
+    (pair_deep, 1, None),
+    (pair, 2, "deadlock"),
+    (pair, 3, "a block that the cluster does not have"),
+    (pair, 4, "deadlock"),
+    (pair, 5, "deadlock|more arrivals"),
+    (pair, 6, "deadlock|no block 2 in the cluster"),
+    (pair, 7, None),
+    (pair, 8, "without fence.proxy.async"),
+    (pair, 9, "TMA: not aligned to 1024 bytes"),
+    (pair, 10, "before shared memory that it stores has been read"),
+    (pair, 11, "a block that has exited"),
 ]
 
 

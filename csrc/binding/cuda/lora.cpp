@@ -1,6 +1,7 @@
 // lora_linears: the frozen products by torch's GEMM, everything of low rank by csrc/cuda/lora.cuh, whose terms these
 // are. What is of low rank is written first, and the GEMM adds to it: it reads y or dx in its epilogue, while it
-// multiplies. lora_mlp: the same twice, with an activation between, whose result is computed again in the backward.
+// multiplies. Or, where csrc/cuda/lora90.cuh serves, both are one product. lora_mlp: the same twice, with an activation
+// between, whose result is computed again in the backward.
 #include "cuda/lora.h"
 
 #include "binding/activation.h"
@@ -98,6 +99,62 @@ void down(cuda::Lora a, Tensor& h, int64_t column, int64_t rank, void* stream) {
   sum_parts(a.down, parts, a.rows * rank, rank, columns, false, stream);
 }
 
+// Results that are sums of products, each of a frozen weight, or of what is of low rank
+struct Products {
+  cuda::LoraProduct a{};
+  std::vector<cuda::LoraResult> results;
+  std::vector<std::vector<cuda::LoraTerm>> terms;  // of each result
+  Tensors kept;
+
+  Products(DType dtype, int64_t rows) { a.dtype = dtype, a.rows = rows; }
+
+  void add_result(const Tensor& to, const std::optional<Tensor>& bias) {
+    results.push_back({to.mutable_data_ptr(), to.size(1), bias ? bias->const_data_ptr() : nullptr,
+                       bias ? dtype_of(*bias) : a.dtype, bias ? bias->stride(0) : 0, nullptr, 0});
+    terms.emplace_back();
+  }
+  // To the last result: rows times weight^T, or, backward, times weight
+  void add_frozen(const Tensor& rows, const Tensor& weight, bool backward) {
+    const bool by_rows = weight.stride(1) == 1, there = weight.numel() > 0 && (by_rows || weight.stride(0) == 1);
+    terms.back().push_back({rows.const_data_ptr(), there ? weight.const_data_ptr() : nullptr, rows.size(1),
+                            weight.stride(by_rows ? 0 : 1), rows.size(1), by_rows == backward});
+  }
+  // The choice between this and torch's GEMM: whether lora90.cuh forms these results on this device, and what is of low
+  // rank can be added to them, as it cannot where elements of it are dropped.
+  bool served(bool dropped) {
+    link();
+    bool serves;
+    check_launch(pyfast_cuda_lora_product_serves(&a, &serves), "lora_product");
+    return serves && !dropped;
+  }
+  // To result i: h times the panel, h being that of its granules, each with its scale
+  void add_low_rank(size_t i, const Panel& panel, const Tensor& h, void* stream) {
+    const int64_t width = panel.rows();
+    Tensor operand = make_empty(*panel.storage, {a.rows, width});
+    const cuda::LoraOperand from{a.dtype,
+                                 a.rows,
+                                 h.size(1),
+                                 h.const_data_ptr<float>(),
+                                 panel.granules.data(),
+                                 int(panel.granules.size()),
+                                 operand.mutable_data_ptr()};
+    check_launch(pyfast_cuda_lora_operand(&from, stream), "lora_operand");
+    terms[i].push_back({operand.const_data_ptr(), panel.storage->const_data_ptr(), width, panel.ld, width, true});
+    kept.push_back(operand), kept.push_back(*panel.storage);
+  }
+  void run(void* stream) {
+    link();
+    check_launch(pyfast_cuda_lora_product(&a, stream), "lora_product");
+  }
+
+ private:
+  void link() {
+    for (size_t i = 0; i < results.size(); ++i)
+      results[i].terms = terms[i].data(), results[i].term_count = int(terms[i].size());
+    a.results = results.data(), a.result_count = int(results.size());
+  }
+};
+
 std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Optionals lora_A, Optionals lora_B,
                                          std::vector<double> scaling, Optionals bias, double dropout_p,
                                          Optionals seed) {
@@ -120,8 +177,27 @@ std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Option
     down(a, h, 0, rank, stream);
   }
   Tensors results;
+  Products products(projections.dtype, rows);
   for (const Projection& p : projections.each) {
-    Tensor y = make_empty(x, {rows, p.n});
+    results.push_back(make_empty(x, {rows, p.n}));
+    products.add_result(results.back(), p.bias);
+    products.add_frozen(x, p.weight, false);
+  }
+  if (products.served(false)) {
+    for (size_t i = 0; i < results.size(); ++i) {
+      const Projection& p = projections.each[i];
+      if (!p.r) continue;
+      Panel panel(projections.dtype, p.n);
+      panel.add(*p.lora_B, true, p.offset, float(p.scaling), nullptr);
+      panel.pack(x, stream);
+      products.add_low_rank(i, panel, h, stream);
+    }
+    products.run(stream);
+    return {results, h};
+  }
+  for (size_t i = 0; i < results.size(); ++i) {
+    const Projection& p = projections.each[i];
+    Tensor& y = results[i];
     if (p.r || p.bias) {
       Panel panel(projections.dtype, p.n);
       if (p.r) panel.add(*p.lora_B, true, p.offset, float(p.scaling), nullptr);
@@ -136,7 +212,6 @@ std::tuple<Tensors, Tensor> lora_linears(const Tensor& x, Tensors weight, Option
       matmul_out(y, x, torch::stable::transpose(p.weight, 0, 1), written);
     else if (!written)
       torch::stable::zero_(y);
-    results.push_back(y);
   }
   return {results, h};
 }
@@ -234,19 +309,35 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     CHECK_SHAPE(*x, rows, k);
   };
   const bool x_known = x.has_value();
+  bool dA_known = false;
   if (want_x && x_known) check_x();
   if (wanted[0]) {
     Tensor dx = make_empty(like, {rows, k});
-    bool written = over_x(&dx, want_dA && x_known);
-    for (size_t i = 0; i < count; ++i) {
-      matmul_out(dx, dy[i], projections.each[i].weight, written);
-      written = true;
+    Products products(dtype, rows);
+    products.add_result(dx, {});
+    for (size_t i = 0; i < count; ++i) products.add_frozen(dy[i], weight[i], true);
+    if (products.served(rank > 0 && dropout_p > 0)) {
+      Panel panel(dtype, k);
+      for (const Projection& p : projections.each)
+        if (p.r) panel.add(*p.lora_A, false, p.offset, 1.f, nullptr);
+      if (rank) {
+        panel.pack(like, stream);
+        products.add_low_rank(0, panel, dh, stream);
+      }
+      products.run(stream);
+    } else {
+      dA_known = x_known && want_dA;
+      bool written = over_x(&dx, dA_known);
+      for (size_t i = 0; i < count; ++i) {
+        matmul_out(dx, dy[i], projections.each[i].weight, written);
+        written = true;
+      }
     }
     after_dx(dx, x);
     results.push_back(dx);
   }
   if (want_x && !x_known) check_x();
-  if (want_dA && !(wanted[0] && x_known)) over_x(nullptr, true);
+  if (want_dA && !dA_known) over_x(nullptr, true);
 
   for (size_t i = 0; i < count; ++i) {
     const Projection& p = projections.each[i];
