@@ -22,12 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "cuda"
 FIELDS = ["kernel", "registers", "stack_bytes", "local_instructions", "shared_bytes", "tensor_core", "async_copies"]
 #: instruction mnemonics in SASS
-LOCAL, TENSOR_CORE, ASYNC_COPY = r"\b(?:LDL|STL)\b", r"\b(?:HMMA|HGMMA)\b", r"\b(?:LDGSTS|UTMALDG)\b"
+LOCAL, TENSOR_CORE, ASYNC_COPY = r"\b(?:LDL|STL)\b", r"\bHMMA\b", r"\bLDGSTS\b"
+WGMMA, TMA = r"\bHGMMA\b", r"\bUTMALDG\b"  # what kernels for sm_90a must contain instead
 BUDGETS = """
 #include <cstdio>
 #include "cuda/attention.cuh"
 #include "cuda/linear_cross_entropy.cuh"
 #include "cuda/lora.cuh"
+#include "cuda/lora90.cuh"
 using namespace pyfast;
 template <class T, int kDim> void print(const char* type) {
   using Q = cuda::Tiling<T, kDim, true>; using K = cuda::Tiling<T, kDim, false>;
@@ -43,6 +45,7 @@ template <class T, bool kADeep, bool kBDeep> void product(const char* type) {
 template <class T> void product90(const char* type) {
   const int bytes = cuda::Gemm90<T, true>::kSharedBytes;
   std::printf("gemm90_kernel<%s, true %d\\nlogits90_kernel<%s %d\\n", type, bytes, type, bytes);
+  std::printf("lora90_kernel<%s %d\\n", type, cuda::Lora90<T>::kSharedBytes);
 }
 template <class T> void widths(const char* type) {
   print<T, 64>(type); print<T, 128>(type); print<T, 256>(type);
@@ -110,7 +113,8 @@ def tables(library: Path) -> dict[str, list[dict]]:
             body, name = bodies.get(mangled, ""), readable(mangled)
             if "kernel" not in name or ("90_kernel" in name and architecture != "sm_90a"):
                 continue  # a function that kernels call, or a kernel that has its body on sm_90a alone
-            local, multiply, copy = (len(re.findall(p, body)) for p in (LOCAL, TENSOR_CORE, ASYNC_COPY))
+            needed = (WGMMA, TMA) if "90_kernel" in name else (TENSOR_CORE, ASYNC_COPY)
+            local, multiply, copy = (len(re.findall(p, body)) for p in (LOCAL, *needed))
             shared = next((size for key, size in budgets.items() if re.match(re.escape(key) + "[,>]", name)), "")
             values = (name, int(registers), int(stack), local, shared, multiply, copy)
             rows.setdefault(architecture, []).append(dict(zip(FIELDS, values, strict=True)))
@@ -122,7 +126,7 @@ def faults(rows: list[dict]) -> list[str]:
     """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit products."""
     found = []
     for row in rows:
-        copies = re.match(r"(?:attention\w*|gemm|gemm90|logits|logits90|lora)_kernel", row["kernel"])
+        copies = re.match(r"(?:attention\w*|gemm|gemm90|logits|logits90|lora|lora90)_kernel", row["kernel"])
         multiplies = copies or row["kernel"].startswith("quantized_linear")
         if row["local_instructions"]:
             found.append(f"{row['kernel']}: {row['local_instructions']} local loads and stores")

@@ -1,5 +1,6 @@
 // The low-rank products of LoRA (Hu et al. 2021) and of its gradients, each of which reads one large activation, or
-// writes one, once. The frozen products are cuBLAS's, through torch; what stands here adds to them, forward
+// writes one, once. The frozen products are cuBLAS's, through torch (or lora90.cuh's, which then forms y and dx whole);
+// what stands here adds to them, forward
 //   h = D(x) A^T for the adapters of all projections of x, and y = s h B^T + bias, to which cuBLAS adds x W^T;
 // and backward
 //   dh = s dy B, dB = s dy^T h and the bias's gradient in one pass over dy,
@@ -21,9 +22,9 @@
 // 2 M K N FLOP, 42 us per 1024 rows at 800 TFLOP/s; forward reads x (2.8 us) and writes y (2.8 us), and the GEMM reads
 // y again in its epilogue; backward reads dy, reads x and writes dx (8.4 us), and writes and sums parts of dA and dB, R
 // fp32 per 256 rows and column, 3 % of a pass for each 4 of R. So with r = 16 at best 1.13 times the GEMM forward,
-// 1.25 backward; 1.05 asks for the products inside the GEMM. The alternative, W and B in one wider matrix (bordered),
-// trades the pass over y for a copy of x: no gain unless what writes x leaves it in the wider rows, and a second copy
-// of every frozen weight. Without a GPU these are bounds on paper.
+// 1.25 backward. The alternative, W and B in one wider matrix (bordered), trades the pass over y for a copy of x: no
+// gain unless what writes x leaves it in the wider rows, and a second copy of every frozen weight; lora90.cuh, on
+// sm_90a, goes over both matrices in one product instead. Without a GPU these are bounds on paper.
 #pragma once
 #include "common/philox.h"
 #include "cuda/lora.h"

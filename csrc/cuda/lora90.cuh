@@ -2,35 +2,36 @@
 // written once and not read,
 //   y_p = x W_p^T + t_p B_p^T + bias_p,   t = s h rounded, for all projections p of one x in one launch, and
 //   dx  = sum_p dy_p W_p + dh A,          dh rounded, A being the adapters under each other, in one product.
-// h, dh, dA and dB are lora.cuh's, which reads x once for h, dy once for dh and dB, and x once for dA.
+// h, dh, dA and dB are lora.cuh's: one pass over x, one over dy, and one over x.
 //
-// Tiling: as CUTLASS's persistent warp-specialised kernels. A block stays on its processor and takes tile after tile of
-// 128 x 256 elements: two warp groups 64 x 256 each by wgmma (m64n256k16), and a third of which one thread copies, and
+// Tiling, as CUTLASS's persistent warp-specialised kernels have it: a block stays on its processor and makes tile after
+// tile of 128 x 256 elements, two warp groups 64 x 256 each by wgmma (m64n256k16); of a third one thread copies, and it
 // gives them its registers. Steps of 64 in depth go through a ring of four stages, each with an mbarrier that its bytes
 // end and one that the consumers' warps end; the ring runs on from tile to tile, so that the next one's operands come
 // while a result is written. Two blocks make a cluster of 256 x 256: each copies half of their common b to both by
-// multicast, so that a stage is free when the warps of both have read it. A term's last step multiplies only the 16
-// depths at a time that it has: rank 16 takes a quarter of a step. b's rows in memory are columns of the result (W
-// forward) or depths (W backward, and A and B, packed so), chosen per term. Tiles are walked in groups of 8 x 256 rows,
-// rows first: the 66 clusters of an H100 work on some 2048 x 2112 elements at a time.
-// A result leaves through shared memory, 64 rows x 128 columns of a warp group at a time, by TMA, which leaves out what
-// is outside, and while the next tile is multiplied.
+// multicast, so that a stage is free when the warps of both have read it. A term's last step multiplies only as many
+// times 16 depths as it has: rank 16 is a quarter of a step. b's rows in memory are the result's columns (W forward),
+// or depths (W backward, and A and B as they are packed); a term says which. Tiles are walked in groups of 8 x 256
+// rows, rows first: the 66 clusters of an H100 work on some 2048 x 2112 elements at a time. A result leaves through
+// shared memory, 64 rows x 128 columns of a warp group at a time, by TMA, which leaves out what is outside, and while
+// the next tile is multiplied.
 //
 // Shared memory: ring 4 x 48 KB, results 2 x 16 KB, barriers: 224 KB, one block to a processor.
 //
-// Bound, with M = 8192 rows, rank 16, and an H100 at 800 TFLOP/s and 3.0 TB/s. K = N = 4096: a frozen GEMM takes 275
-// GFLOP, 344 us, forward and again backward; x, y, dy or dx are 67 MB, 22 us to read or write each; A and B 0.13 MB.
-//   forward:  h reads x, 22 us; the product 1.004 times 344 us (16 of 4096 depths more)                   1.07 x
-//   backward: dh and dB read dy, 22 us; dA reads x, 22 us; the product 1.004 times 344 us                 1.13 x
-// K = 4096, N = 14336: 962 GFLOP, 1203 us; y and dy 235 MB, 78 us: 1.02 x and 1.09 x. Both directions together 1.10 and
-// 1.05; q, k and v as one node, 4096 each, share x's passes: 1.03 forward, 1.09 backward. lora.cuh's way beside torch's
-// GEMM also writes y and reads it again, and dx: 1.15 and 1.21 forward and backward for 4096, 1.10 and 1.10 for 14336,
-// with the GEMM's read hidden behind its products. To save the passes over x and dy their products would have to
-// be formed in the same kernel; 16 more columns of each tile of 256 cost 6 %, more than the passes do.
-// The products read L2 less than cuBLAS's best tiles do not: a step of a cluster copies 64 KB for 8.4 MFLOP, 6.2 TB/s
-// at 800 TFLOP/s. Shared memory: a wgmma m64n256k16 takes 128 cycles and reads 10 KB, 80 bytes a cycle, and copies
-// write 48: 128 of 128. Tiles of 256 x 256 come to 7.8 rounds of 66 clusters with K = N = 4096: 3 % idle.
-// All of this is arithmetic: without a GPU nothing here was timed.
+// Bound: tensor cores, and memory for the passes beside them: M = 8192 rows, rank 16, an H100 at 800 TFLOP/s and 3.0
+// TB/s, parts of sums (lora.cuh) an eighth of a pass.
+//   4096 -> 4096:  a frozen GEMM is 275 GFLOP, 344 us, forward, and again backward; x, y, dy or dx 67 MB, 22 us.
+//     forward: reads x for h (25 us), multiplies 1.004 times the depth (345 us): 1.08 times the GEMM; backward: reads
+//     dy for dh and dB (28), x for dA (25), multiplies 1.004 times the depth (345): 1.16.
+//   4096 -> 14336: 962 GFLOP, 1203 us; y or dy 235 MB, 78 us. Forward 25 + 1207: 1.02; backward 91 + 25 + 1204: 1.10.
+// Both directions 1.12 and 1.06, where torch's GEMM beside `up`, which writes y and dx before the GEMM adds to them,
+// has 1.19 and 1.10; q, k and v as one node 1.03 forward, 1.12 backward. 1.05 would ask for h and dh inside the
+// products; formed anew in each tile they are 16 more columns to 256, 6 %, as much as the passes.
+// That holds if these products reach cuBLAS's speed, and they have less than 6 % to lose. What they must live with: a
+// wgmma m64n256k16 takes 128 cycles and reads 10 KB of shared memory, and copies write 48 bytes a cycle, together all
+// of its 128; a cluster's step reads 64 KB of L2 for 8.4 MFLOP, 6.3 TB/s at 800 TFLOP/s; storing a tile costs its warp
+// groups some 1,500 cycles, 2 % of 65,536 for a depth of 4096; 7.8 rounds of clusters for 4096 columns leave 3 % idle.
+// All of this is arithmetic: without a GPU nothing was timed.
 #pragma once
 #include "cuda/lora.h"
 #include "cuda/ptx90.cuh"
