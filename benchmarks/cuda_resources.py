@@ -26,7 +26,7 @@ LOCAL, TENSOR_CORE, ASYNC_COPY = r"\b(?:LDL|STL)\b", r"\bHMMA\b", r"\bLDGSTS\b"
 WGMMA, TMA = r"\bHGMMA\b", r"\bUTMALDG\b"  # what kernels for sm_90a must contain instead
 BUDGETS = """
 #include <cstdio>
-#include "cuda/attention.cuh"
+#include "cuda/attention90.cuh"
 #include "cuda/linear_cross_entropy.cuh"
 #include "cuda/lora.cuh"
 #include "cuda/lora90.cuh"
@@ -46,6 +46,8 @@ template <class T> void product90(const char* type) {
   const int bytes = cuda::Gemm90<T, true>::kSharedBytes;
   std::printf("gemm90_kernel<%s, true %d\\nlogits90_kernel<%s %d\\n", type, bytes, type, bytes);
   std::printf("lora90_kernel<%s %d\\n", type, cuda::Lora90<T>::kSharedBytes);
+  std::printf("attention90_kernel<%s, 64 %d\\n", type, cuda::Attention90<T, 64>::kSharedBytes);
+  std::printf("attention90_kernel<%s, 128 %d\\n", type, cuda::Attention90<T, 128>::kSharedBytes);
 }
 template <class T> void widths(const char* type) {
   print<T, 64>(type); print<T, 128>(type); print<T, 256>(type);

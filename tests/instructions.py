@@ -45,6 +45,9 @@ class Kernels:
     def pair(self, a, b, out, deep, bug=0):
         return self._call("run_pair", [a, b], out, a.dtype == torch.bfloat16, deep, a.shape[1], bug)
 
+    def register_product(self, a, b, out, bug=0):
+        return self._call("run_register_product", [a, b], out, a.dtype == torch.bfloat16, b.shape[1], bug)
+
     def box(self, x, out):
         return self._call("run_box", [x], out, x.shape[-1])
 
@@ -93,6 +96,11 @@ def warp_sum(kernels, **options):
     x = integers(64)
     out = kernels.run("warp_sum", x, poisoned(64), 64, **options)
     return out, x.view(2, 32).sum(1, keepdim=True).expand(2, 32).reshape(-1)
+
+
+def turns(kernels, **options):
+    x = torch.randn(5 * 32)
+    return kernels.run("turns", x, poisoned(5 * 32), 64, shared=128, **options), x
 
 
 def warp_scan(kernels, **options):
@@ -168,6 +176,16 @@ def pair_deep(kernels, **options):
     return pair(kernels, torch.float16, deep=True, **options)
 
 
+def register_product(kernels, dtype=torch.bfloat16, columns=128, **options):
+    """One operand in registers, the other in tiles of 64 columns."""
+    a, b = integers(64, 64), integers(64, columns)
+    return kernels.register_product(a.to(dtype), b.to(dtype), poisoned(64, columns), **options), a @ b
+
+
+def register_product_narrow(kernels, **options):
+    return register_product(kernels, torch.float16, 64, **options)
+
+
 def box(kernels, **options):
     """A tile of 4 dimensions that reaches over the tensor's end in two of them."""
     x = torch.randn(3, 5, 9, 40).half()
@@ -176,6 +194,9 @@ def box(kernels, **options):
 
 
 SM_80 = (
-    reverse, reverse_pairs, warp_sum, warp_scan, atomic_sum, pipeline, matmul_bf16, matmul_fp16, transpose, vectors,
+    reverse, reverse_pairs, warp_sum, turns, warp_scan, atomic_sum, pipeline, matmul_bf16, matmul_fp16, transpose,
+    vectors,
 )  # fmt: skip
-SM_90A = (cluster_sum, product, product_fp16, product_deep, pair, pair_deep, box)
+SM_90A = (
+    cluster_sum, product, product_fp16, product_deep, pair, pair_deep, register_product, register_product_narrow, box,
+)  # fmt: skip

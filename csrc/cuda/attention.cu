@@ -1,6 +1,6 @@
 // The passes of attention by element type, and the small reductions of its backward: the gradients of sinks and of a
 // bias that was broadcast.
-#include "cuda/attention.cuh"
+#include "cuda/attention90.cuh"
 
 namespace pyfast::cuda {
 namespace {
@@ -64,7 +64,13 @@ __global__ void dbias_kernel(const __grid_constant__ AttentionLaunch l) {
   if (!kBlock || threadIdx.x == 0) a.dbias[at] = float(sum);
 }
 
+// On sm_90a the forward by wgmma wherever it can compute what is asked for. That it is the faster one, of few queries
+// too, which leave most of its 128 or 192 rows empty, is arithmetic: hardware decides.
 int run(const Attention& a, Pass pass, void* stream) {
+  Device device;
+  if (int e = get_device(device)) return e;
+  if (pass == Pass::forward && device.architecture == 90 && attention90_serves(a))
+    return a.dtype == DType::bf16 ? attention90_bf16(a, stream) : attention90_fp16(a, stream);
   return a.dtype == DType::fp32   ? attention_fp32(a, pass, stream)
          : a.dtype == DType::bf16 ? attention_bf16(a, pass, stream)
                                   : attention_fp16(a, pass, stream);

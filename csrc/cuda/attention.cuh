@@ -9,7 +9,7 @@
 // of the next. fp32 is multiplied by FMA in the same layout, D = 256 in tiles of 32 rows and without a ring.
 // Shared memory, 16-bit: forward (64 + 4 inner) rows of D, 40 to 96 KB; backward (128 + 4 inner), 48 to 128 KB.
 // Bound: tensor cores, 4 D FLOP per pair of query and key forward, and 14 D backward, where 10 D would do with atomics.
-// mma.sync reaches some 60 % of an H100's peak, which is wgmma's: Hopper's forward belongs to cuDNN and flash-attn.
+// mma.sync reaches some 60 % of an H100's peak, which is wgmma's: there attention90.cuh serves the forward it can.
 // Without a GPU these are bounds on paper.
 //
 // Packed sequences (cu_seqlens): tile t belongs to the sequence n for which start(n) <= t < start(n + 1), where
@@ -110,6 +110,10 @@ __device__ __attribute__((noinline)) inline Words called_philox(uint64_t seed, u
   return w;
 }
 
+struct Keys {
+  int first, count;
+};
+
 // The scores of one head and sequence. kGeneral: with softcap, mask, bias or dropout, which the plain kernels leave
 // out.
 template <bool kGeneral>
@@ -133,6 +137,12 @@ struct Scores {
   __device__ __forceinline__ bool visible(int i, int j) const {
     const int offset = j - (i + keys - queries);
     return i < queries && counts(j) && (a.left < 0 || offset >= -a.left) && (a.right < 0 || offset <= a.right);
+  }
+  // The keys that query i may see, a mask apart
+  __device__ __forceinline__ Keys seen_by(int i) const {
+    const int position = i + keys - queries, behind = position + a.right + 1;
+    const int first = a.left < 0 ? 0 : position - a.left, end = a.right < 0 || behind > keys ? keys : behind;
+    return {first, i < queries && first < end ? end - first : 0};
   }
   // Every query of i0 to i1 - 1 may see every key of j0 to j1 - 1
   __device__ __forceinline__ bool all_visible(int i0, int i1, int j0, int j1) const {
@@ -210,6 +220,16 @@ __device__ __forceinline__ void load(const Tile& tile, const Heads& x, int64_t b
   tile.load(row_of<T>(x, batch, head, row), x.row, dim, x.aligned, there);
 }
 
+// The first key that a tile of queries may see, and the first behind those
+__device__ __forceinline__ int first_key(const Attention& a, const Place& p, int keys) {
+  const int left = p.first + keys - p.length - a.left;
+  return a.left >= 0 && left > 0 ? left : 0;
+}
+__device__ __forceinline__ int behind_keys(const Attention& a, const Place& p, int keys, int rows) {
+  const int right = p.first + rows + keys - p.length + a.right;
+  return a.right >= 0 && right < keys ? right : keys;
+}
+
 // What the passes over keys share: a block's queries, and the keys that they may see
 template <class T, int kDim, bool kGeneral, int kOuterTiles>
 struct OverKeys {
@@ -241,15 +261,8 @@ struct OverKeys {
     load<T>(memory.inner(0, stage), a.k, p.batch, kv_head, p.other_begin + at, a.dim, there);
     load<T>(memory.inner(1, stage), a.v, p.batch, kv_head, p.other_begin + at, a.dim, there);
   }
-  // The first key that the block's queries may see, and the first behind them
-  __device__ __forceinline__ int begin() const {
-    const int left = p.first + keys - p.length - a.left;
-    return a.left >= 0 && left > 0 ? left : 0;
-  }
-  __device__ __forceinline__ int end() const {
-    const int right = p.first + Tiles::kOuter + keys - p.length + a.right;
-    return a.right >= 0 && right < keys ? right : keys;
-  }
+  __device__ __forceinline__ int begin() const { return first_key(a, p, keys); }
+  __device__ __forceinline__ int end() const { return behind_keys(a, p, keys, Tiles::kOuter); }
   __device__ __forceinline__ bool all_visible(int at) const {
     return scores.all_visible(p.first, p.first + Tiles::kOuter, at, at + kInner);
   }
@@ -260,6 +273,33 @@ struct OverKeys {
                to.aligned);
   }
 };
+
+// Of queries `row` and `row` + 8, whose scores four lanes share: joins the sums of exp(score - maximum), adds the sink,
+// writes what the backward needs, and gives the factors that make sums of values results. before: query 0's place among
+// the maxima.
+template <class T>
+__device__ __forceinline__ void end_rows(const Attention& a, const Place& p, int64_t before, int row,
+                                         float (&maximum)[2], float (&total)[2], float (&factor)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    total[h] += __shfl_xor_sync(~0u, total[h], 1);
+    total[h] += __shfl_xor_sync(~0u, total[h], 2);
+    float rescale = 1.f;
+    if (a.sinks) {
+      const float sink = a.sinks[p.head], larger = sink > maximum[h] || sink != sink ? sink : maximum[h];
+      const float base = larger == -INFINITY ? 0.f : larger;
+      rescale = exponential<T>(maximum[h] - base);
+      total[h] = total[h] * rescale + exponential<T>(sink - base);
+      maximum[h] = larger;
+    }
+    factor[h] = total[h] == 0.f ? 0.f : rescale / total[h];
+    const int i = row + 8 * h;
+    if (threadIdx.x % 4 == 0 && i < p.length) {
+      a.maximum[before + i] = maximum[h];
+      a.log_sum[before + i] = total[h] == 0.f ? 0.f : logf(total[h]);
+    }
+  }
+}
 
 template <class T, int kDim, bool kGeneral>
 __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDim, true>::kMinBlocks)
@@ -321,25 +361,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
   });
 
   float factor[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    total[h] += __shfl_xor_sync(~0u, total[h], 1);
-    total[h] += __shfl_xor_sync(~0u, total[h], 2);
-    float rescale = 1.f;
-    if (a.sinks) {
-      const float sink = a.sinks[p.head], larger = sink > maximum[h] || sink != sink ? sink : maximum[h];
-      const float base = larger == -INFINITY ? 0.f : larger;
-      rescale = exponential<T>(maximum[h] - base);
-      total[h] = total[h] * rescale + exponential<T>(sink - base);
-      maximum[h] = larger;
-    }
-    factor[h] = total[h] == 0.f ? 0.f : rescale / total[h];
-    const int i = row + 8 * h;
-    if (lane % 4 == 0 && i < p.length) {
-      a.maximum[scores.row + i] = maximum[h];
-      a.log_sum[scores.row + i] = total[h] == 0.f ? 0.f : logf(total[h]);
-    }
-  }
+  end_rows<T>(a, p, scores.row, row, maximum, total, factor);
   block.store(acc, factor, a.out);
 }
 

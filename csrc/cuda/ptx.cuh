@@ -160,6 +160,15 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 #endif
 }
 
+// Counts this warp among a barrier's threads without waiting there
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+#if defined(PYFAST_EMULATOR)
+  simt::barrier_arrive(id, threads);
+#else
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
 // ---- clusters (sm_90)
 
 #if defined(PYFAST_EMULATOR) || __CUDA_ARCH__ >= 900

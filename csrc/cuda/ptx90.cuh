@@ -151,7 +151,7 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
 // ---- TMA back to global memory: shared memory, laid out as tma_load leaves it, to the box at x, y; what lies outside
 // the tensor is left out. One thread asks for it, after all that wrote there have fenced, and met at a barrier.
 
-// Before TMA reads what this thread wrote to shared memory (PTX ISA, "Async proxy")
+// Before TMA or wgmma reads what this thread wrote to shared memory (PTX ISA, "Async proxy")
 __device__ __forceinline__ void fence_async() {
 #if defined(PYFAST_EMULATOR)
   simt::fence_async();
@@ -235,74 +235,160 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// d (64 x n) += a (64 x 16) b (n x 16)^T by a warp group, n = 128 or 256, twice d's size; with kBDeep b's rows in
-// memory are depths. A thread of warp w holds rows 16 w + lane / 4 and 8 below, columns 8 j + 2 (lane % 4) and the
-// next: d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].
-template <class T, bool kBDeep = false, int kSums>
-__device__ __forceinline__ void wgmma(float (&d)[kSums], uint64_t a, uint64_t b) {
-  static_assert(kSums == 64 || kSums == 128);
+// From here on registers of a product hold what was waited for, or, before a fence, what was written to them: the
+// compiler moves no use of them past this.
+template <class Number, int kCount>
+__device__ __forceinline__ void hold(Number (&registers)[kCount]) {
+#if !defined(PYFAST_EMULATOR)
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if constexpr (std::is_same_v<Number, float>)
+      asm volatile("" : "+f"(registers[i])::"memory");
+    else
+      asm volatile("" : "+r"(registers[i])::"memory");
+#endif
+}
+
+#if defined(PYFAST_EMULATOR)
+template <class T>
+void operand_row(uint64_t descriptor, int row, bool deep, float (&to)[16]) {
+  uint16_t bits[16];
+  simt::descriptor_row(descriptor, row, deep, bits);
+  for (int k = 0; k < 16; ++k) to[k] = to_float(T{bits[k]});
+}
+// A thread's part of a product: `left` its two rows of a
+template <class T, bool kBDeep, bool kAdd, int kCount>
+void emulated_wgmma(float* d, const float (&left)[2][16], uint64_t b) {
+  const int lane = simt::current->lane;
+  for (int i = 0; i < kCount / 2; ++i) {
+    float right[16];
+    operand_row<T>(b, i / 2 * 8 + lane % 4 * 2 + i % 2, kBDeep, right);
+    for (int h = 0; h < 2; ++h) {
+      float sum = 0.f;
+      for (int k = 0; k < 16; ++k) sum += left[h][k] * right[k];
+      float& to = d[i / 2 * 4 + h * 2 + i % 2];
+      to = kAdd ? to + sum : sum;
+    }
+  }
+}
+#else
+#define PYFAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PYFAST_D32(i)                                                                                        \
+  PYFAST_D4(i), PYFAST_D4(i + 4), PYFAST_D4(i + 8), PYFAST_D4(i + 12), PYFAST_D4(i + 16), PYFAST_D4(i + 20), \
+      PYFAST_D4(i + 24), PYFAST_D4(i + 28)
+#define PYFAST_0_TO_31                                                                                             \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31"
+#define PYFAST_32_TO_63                                                                                              \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
+  "%60,%61,%62,%63"
+#define PYFAST_64_TO_127                                                                                             \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
+  "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115," \
+  "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#endif
+
+// d (64 x 2 kCount) = or, with kAdd, += a (64 x 16) b (2 kCount x 16)^T by a warp group; with kBDeep b's rows in memory
+// are depths. A thread of warp w holds rows 16 w + lane / 4 and 8 below, columns 8 j + 2 (lane % 4) and the next:
+// d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].
+template <class T, bool kBDeep = false, bool kAdd = true, int kCount>
+__device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b) {
+  static_assert(kCount == 64 || kCount == 128);
 #if defined(PYFAST_EMULATOR)
   float* const to = d;
   simt::defer([=] {
-    const int lane = simt::current->lane, row = simt::current->linear / 32 % 4 * 16 + lane / 4;
-    const auto elements = [](uint64_t descriptor, int r, bool deep, float (&to)[16]) {
-      uint16_t bits[16];
-      simt::descriptor_row(descriptor, r, deep, bits);
-      for (int k = 0; k < 16; ++k) to[k] = to_float(T{bits[k]});
-    };
-    float left[2][16], right[16];
-    for (int h = 0; h < 2; ++h) elements(a, row + h * 8, false, left[h]);
-    for (int i = 0; i < kSums / 2; ++i) {
-      elements(b, i / 2 * 8 + lane % 4 * 2 + i % 2, kBDeep, right);
-      for (int h = 0; h < 2; ++h) {
-        float sum = 0.f;
-        for (int k = 0; k < 16; ++k) sum += left[h][k] * right[k];
-        to[i / 2 * 4 + h * 2 + i % 2] += sum;
-      }
-    }
+    const int row = simt::current->linear / 32 % 4 * 16 + simt::current->lane / 4;
+    float left[2][16];
+    for (int h = 0; h < 2; ++h) operand_row<T>(a, row + h * 8, false, left[h]);
+    emulated_wgmma<T, kBDeep, kAdd, kCount>(to, left, b);
   });
 #else
-#define PYFAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define PYFAST_WGMMA128(types)                                                                                         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                                    \
-               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"              \
-               "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"              \
-               "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, %66;"  \
-               : PYFAST_D4(0), PYFAST_D4(4), PYFAST_D4(8), PYFAST_D4(12), PYFAST_D4(16), PYFAST_D4(20), PYFAST_D4(24), \
-                 PYFAST_D4(28), PYFAST_D4(32), PYFAST_D4(36), PYFAST_D4(40), PYFAST_D4(44), PYFAST_D4(48),             \
-                 PYFAST_D4(52), PYFAST_D4(56), PYFAST_D4(60)                                                           \
-               : "l"(a), "l"(b), "n"(int(kBDeep)))
-#define PYFAST_WGMMA256(types)                                                                                         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." types                                                    \
-               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"              \
-               "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"              \
-               "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,"              \
-               "%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,"              \
-               "%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,"                 \
-               "%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"                 \
-               "%126,%127}, %128, %129, 1, 1, 1, 0, %130;"                                                             \
-               : PYFAST_D4(0), PYFAST_D4(4), PYFAST_D4(8), PYFAST_D4(12), PYFAST_D4(16), PYFAST_D4(20), PYFAST_D4(24), \
-                 PYFAST_D4(28), PYFAST_D4(32), PYFAST_D4(36), PYFAST_D4(40), PYFAST_D4(44), PYFAST_D4(48),             \
-                 PYFAST_D4(52), PYFAST_D4(56), PYFAST_D4(60), PYFAST_D4(64), PYFAST_D4(68), PYFAST_D4(72),             \
-                 PYFAST_D4(76), PYFAST_D4(80), PYFAST_D4(84), PYFAST_D4(88), PYFAST_D4(92), PYFAST_D4(96),             \
-                 PYFAST_D4(100), PYFAST_D4(104), PYFAST_D4(108), PYFAST_D4(112), PYFAST_D4(116), PYFAST_D4(120),       \
-                 PYFAST_D4(124)                                                                                        \
-               : "l"(a), "l"(b), "n"(int(kBDeep)))
-  if constexpr (kSums == 64) {
+#define PYFAST_WGMMA64(types)                                                                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types " {" PYFAST_0_TO_31 "," PYFAST_32_TO_63 \
+               "}, %64, %65, %66, 1, 1, 0, %67;"                                                            \
+               : PYFAST_D32(0), PYFAST_D32(32)                                                              \
+               : "l"(a), "l"(b), "n"(int(kAdd)), "n"(int(kBDeep)))
+#define PYFAST_WGMMA128(types)                                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." types " {" PYFAST_0_TO_31 "," PYFAST_32_TO_63 \
+               "," PYFAST_64_TO_127 "}, %128, %129, %130, 1, 1, 0, %131;"                                   \
+               : PYFAST_D32(0), PYFAST_D32(32), PYFAST_D32(64), PYFAST_D32(96)                              \
+               : "l"(a), "l"(b), "n"(int(kAdd)), "n"(int(kBDeep)))
+  if constexpr (kCount == 64) {
+    if constexpr (std::is_same_v<T, bf16>)
+      PYFAST_WGMMA64("bf16.bf16");
+    else
+      PYFAST_WGMMA64("f16.f16");
+  } else {
     if constexpr (std::is_same_v<T, bf16>)
       PYFAST_WGMMA128("bf16.bf16");
     else
       PYFAST_WGMMA128("f16.f16");
-  } else {
-    if constexpr (std::is_same_v<T, bf16>)
-      PYFAST_WGMMA256("bf16.bf16");
-    else
-      PYFAST_WGMMA256("f16.f16");
   }
+#undef PYFAST_WGMMA64
 #undef PYFAST_WGMMA128
-#undef PYFAST_WGMMA256
-#undef PYFAST_D4
 #endif
 }
+
+// The same with a in registers, laid out as mma.sync has it: a thread's two rows at columns 2 (lane % 4) and the next,
+// then 8 further. They are read while the product is in flight.
+template <class T, bool kBDeep, int kCount>
+__device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kCount == 64 || kCount == 32);
+#if defined(PYFAST_EMULATOR)
+  struct Rows {
+    float left[2][16];
+    uint32_t own[4];
+  };
+  // PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16": the four lanes of a row hold its 16 elements
+  const Rows rows = simt::collective<const uint32_t*, Rows>(
+      ~0u, a,
+      [](auto in, auto out) {
+        for (int lane = 0; lane < 32; ++lane) {
+          memcpy(out(lane).own, in(lane), sizeof out(lane).own);
+          for (int i = 0; i < 32; ++i) {
+            const int h = i / 16, k = i % 16;
+            const uint32_t pair = in(lane / 4 * 4 + k % 8 / 2)[k / 8 * 2 + h];
+            out(lane).left[h][k] = to_float(T{uint16_t(pair >> k % 2 * 16)});
+          }
+        }
+      },
+      "wgmma");
+  float* const to = d;
+  const uint32_t* const from = a;
+  simt::defer([=] {
+    if (memcmp(from, rows.own, sizeof rows.own)) simt::fail("wgmma: registers of a were changed while it read them");
+    emulated_wgmma<T, kBDeep, true, kCount>(to, rows.left, b);
+  });
+#else
+#define PYFAST_WGMMA64(types)                                                                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types " {" PYFAST_0_TO_31 "," PYFAST_32_TO_63 \
+               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, %69;"                                                \
+               : PYFAST_D32(0), PYFAST_D32(32)                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kBDeep)))
+#define PYFAST_WGMMA32(types)                                                          \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {" PYFAST_0_TO_31 \
+               "}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"                           \
+               : PYFAST_D32(0)                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kBDeep)))
+  if constexpr (kCount == 64) {
+    if constexpr (std::is_same_v<T, bf16>)
+      PYFAST_WGMMA64("bf16.bf16");
+    else
+      PYFAST_WGMMA64("f16.f16");
+  } else {
+    if constexpr (std::is_same_v<T, bf16>)
+      PYFAST_WGMMA32("bf16.bf16");
+    else
+      PYFAST_WGMMA32("f16.f16");
+  }
+#undef PYFAST_WGMMA64
+#undef PYFAST_WGMMA32
+#endif
+}
+#undef PYFAST_D4
+#undef PYFAST_D32
+#undef PYFAST_0_TO_31
+#undef PYFAST_32_TO_63
+#undef PYFAST_64_TO_127
 
 }  // namespace pyfast::cuda

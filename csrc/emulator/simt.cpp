@@ -274,15 +274,26 @@ void wait_until(const std::function<bool()>& condition, const char* what) {
   f.condition = nullptr;
 }
 
-void barrier(int id, int threads) {
+namespace {
+Barrier& barrier_of(int id) {
   if (id < 0 || id > 15) fail("barrier " + std::to_string(id) + " does not exist: there are 16");
+  return current->block->barriers[id];
+}
+}  // namespace
+
+void barrier_arrive(int id, int threads) {
   if (threads % 32) fail("a barrier of " + std::to_string(threads) + " threads, which is no number of warps");
-  Barrier& b = current->block->barriers[id];
+  Barrier& b = barrier_of(id);
   if (b.arrived && b.expected != threads) fail("threads meet at a barrier with different numbers of threads");
   b.expected = threads;
   ++b.arrived;
-  const uint64_t before = b.phase;
   release_if_complete(b, threads ? threads : current->block->live);
+}
+
+void barrier(int id, int threads) {
+  const Barrier& b = barrier_of(id);
+  const uint64_t before = b.phase;
+  barrier_arrive(id, threads);
   if (b.phase == before) wait_phase(b.phase, "a barrier");
 }
 

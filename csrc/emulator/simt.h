@@ -107,7 +107,8 @@ extern thread_local const Launch* launched;
 
 void wait_phase(const uint64_t& phase, const char* what);
 void wait_until(const std::function<bool()>& condition, const char* what);
-void barrier(int id, int threads);  // threads 0: all that have not exited
+void barrier(int id, int threads);         // threads 0: all that have not exited
+void barrier_arrive(int id, int threads);  // does not wait
 void cluster_barrier();
 void* map_shared(void* shared, int rank);  // the same place in another block of the cluster
 void check_shared(const void* p, int bytes, int align, const char* what);  // within this block's shared memory

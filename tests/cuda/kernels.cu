@@ -62,6 +62,23 @@ __global__ void warp_sum(const Call c) {
   c.out[i] = x;
 }
 
+// out = in, a warp's elements at a time: the first warp puts them down and goes on, the second picks them up
+__global__ void turns(const Call c) {
+  PYFAST_SHARED(shared);
+  float* s = reinterpret_cast<float*>(shared);
+  const int lane = threadIdx.x % 32;
+  for (int i = lane; i < c.n; i += 32)
+    if (threadIdx.x < 32) {
+      if (i >= 32 && c.bug != 1) named_barrier(2, 64);
+      s[lane] = c.in[i];
+      if (c.bug != 3) named_barrier_arrive(1, c.bug == 4 ? 96 : 64);
+    } else {
+      if (c.bug != 2) named_barrier(1, 64);
+      c.out[i - lane + 31 - lane] = s[31 - lane];  // what another lane put down
+      if (i + 32 < c.n) named_barrier_arrive(2, 64);
+    }
+}
+
 // the inclusive sums of a warp's elements, by shuffles up; segments of 8, by width
 __global__ void warp_scan(const Call c) {
   const int lane = threadIdx.x % 32;
@@ -182,6 +199,7 @@ struct Product {
   TensorMap a, b;
   float* out;
   int depth, bug;
+  const void* left = nullptr;
 };
 template <class T, bool kBDeep>
 __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c) {
@@ -216,16 +234,21 @@ __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c
       }
     return;
   }
-  float d[64] = {};
+  float d[64];
   for (int k = 0; k < steps; ++k) {
     const int s = k % 2, phase = k / 2 % 2;
     const unsigned char* const a = shared + s * kStage;
     if (c.bug != 6) mbarrier_wait(full + s, c.bug == 7 ? phase ^ 1 : phase);
     wgmma_fence();
-    for (int step = 0; step < 4; ++step)
-      wgmma<T, kBDeep>(d, wgmma_descriptor(a + step * (c.bug == 8 ? 64 : 32)),
-                       kBDeep ? wgmma_descriptor(a + kA + step * 16 * 128, c.bug == 10 ? 16 : kB / 2)
-                              : wgmma_descriptor(a + kA + step * 32));
+    for (int step = 0; step < 4; ++step) {
+      const uint64_t left = wgmma_descriptor(a + step * (c.bug == 8 ? 64 : 32));
+      const uint64_t right = kBDeep ? wgmma_descriptor(a + kA + step * 16 * 128, c.bug == 10 ? 16 : kB / 2)
+                                    : wgmma_descriptor(a + kA + step * 32);
+      if (step == 0 && (k == 0 || c.bug == 11))
+        wgmma<T, kBDeep, false>(d, left, right);
+      else
+        wgmma<T, kBDeep>(d, left, right);
+    }
     wgmma_commit();
     if (c.bug != 9) wgmma_wait<0>();
     mbarrier_arrive(empty + s);
@@ -313,6 +336,42 @@ __global__ void __launch_bounds__(160) pair(const __grid_constant__ Pair c) {
 #endif
 }
 
+// out (64 x kColumns) = a b with a (64 x 64) in registers and b (64 x kColumns), whose rows are depths; b's map alone
+template <class T, int kColumns>
+__global__ void __launch_bounds__(128) register_product(const __grid_constant__ Product c) {
+#if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYFAST_SHARED(shared);
+  constexpr int kTile = 64 * 128;  // of 64 columns
+  uint64_t* const full = reinterpret_cast<uint64_t*>(shared + kColumns / 64 * kTile);
+  const int i = threadIdx.x, row = i / 32 * 16 + i % 32 / 4;
+  if (i == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect(full, kColumns / 64 * kTile);
+    for (int t = 0; t < kColumns / 64; ++t) tma_load<2>(shared + t * kTile, &c.b, full, {64 * t, 0});
+  }
+  uint32_t a[4][4];
+  for (int k = 0; k < 4; ++k)
+    for (int r = 0; r < 4; ++r) {
+      const int below = c.bug == 4 ? r / 2 : r % 2, right = c.bug == 4 ? r % 2 : r / 2;
+      memcpy(&a[k][r], static_cast<const T*>(c.left) + (row + below * 8) * 64 + k * 16 + right * 8 + i % 4 * 2, 4);
+    }
+  __syncthreads();
+  mbarrier_wait(full, 0);
+  float d[kColumns / 2] = {};
+  hold(d);
+  for (int k = 0; k < 4; ++k) hold(a[k]);
+  wgmma_fence();
+  for (int k = 0; k < 4; ++k)
+    wgmma<T, true>(d, a[k], wgmma_descriptor(shared + k * (c.bug == 5 ? 1024 : 2048), c.bug == 3 ? 16 : kTile));
+  wgmma_commit();
+  if (c.bug == 1) a[3][i % 4] ^= 1;
+  if (c.bug != 2) wgmma_wait<0>();
+  hold(d);
+  for (int j = 0; j < kColumns / 2; ++j) c.out[(row + j % 4 / 2 * 8) * kColumns + j / 4 * 8 + i % 4 * 2 + j % 2] = d[j];
+#endif
+}
+
 // out = the box (3 x 2 x 8 x 64) at (0, 2, 1, 0) of a tensor (3, 5, 9, n), 16-bit, out of its swizzled rows
 struct Box {
   TensorMap map;
@@ -374,6 +433,14 @@ PYFAST_EXPORT int run_pair(const void* a, const void* b, void* out, bool is_bf16
       is_bf16 ? (deep ? pair<bf16, true> : pair<bf16, false>) : (deep ? pair<fp16, true> : pair<fp16, false>);
   return finished(launch(kernel, {2, 160, (2 * 5 + 2) * 64 * 128 + 32, 2}, c, nullptr));
 }
+PYFAST_EXPORT int run_register_product(const void* a, const void* b, float* out, bool is_bf16, int columns, int bug) {
+  Product c{{}, {}, out, 64, bug, a};
+  const DType type = is_bf16 ? DType::bf16 : DType::fp16;
+  if (int e = make_tensor_map<2>(c.b, type, b, {columns, 64}, {2, columns * 2}, {64, 64})) return e;
+  const auto kernel = columns == 64 ? (is_bf16 ? register_product<bf16, 64> : register_product<fp16, 64>)
+                                    : (is_bf16 ? register_product<bf16, 128> : register_product<fp16, 128>);
+  return finished(launch(kernel, {1, 128, columns * 128 + 8}, c, nullptr));
+}
 PYFAST_EXPORT int run_box(const void* x, float* out, int n) {
   Box c{{}, out};
   if (int e = make_tensor_map<4>(c.map, DType::fp16, x, {n, 9, 5, 3}, {2, n * 2, n * 18, n * 90}, {64, 8, 2, 3}))
@@ -389,7 +456,7 @@ PYFAST_EXPORT int run(const float* in, float* out, const char* name, int n, int 
   } all[] = {{"reverse", reverse},          {"reverse_pairs", reverse_pairs}, {"warp_sum", warp_sum},
              {"warp_scan", warp_scan},      {"atomic_sum", atomic_sum},       {"pipeline", pipeline},
              {"matmul_bf16", matmul<bf16>}, {"matmul_fp16", matmul<fp16>},    {"transpose", transpose},
-             {"vectors", vectors},          {"cluster_sum", cluster_sum}};
+             {"vectors", vectors},          {"cluster_sum", cluster_sum},     {"turns", turns}};
   for (const auto& k : all)
     if (!strcmp(k.name, name))
       return finished(launch<Call>(k.kernel, {blocks, threads, shared, cluster}, call, nullptr));
