@@ -211,7 +211,7 @@ extern "C" int pyfast_cuda_lora_product_serves(const LoraProduct* a, bool* serve
   if (!kOwnProducts || device.architecture != 90 || a->dtype == DType::fp32) return 0;
   // what TMA can copy
   const auto copies = [](const void* data, int64_t rows, int64_t columns, int64_t ld) {
-    constexpr int64_t kMost = int64_t(1) << 31;
+    constexpr int64_t kMost = int64_t(1) << 30;
     return data && reinterpret_cast<uintptr_t>(data) % 16 == 0 && ld % 8 == 0 && ld >= columns && rows > 0 &&
            columns > 0 && rows < kMost && columns < kMost;
   };

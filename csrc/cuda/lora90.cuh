@@ -25,7 +25,7 @@
 //     dy for dh and dB (28), x for dA (25), multiplies 1.004 times the depth (345): 1.16.
 //   4096 -> 14336: 962 GFLOP, 1203 us; y or dy 235 MB, 78 us. Forward 25 + 1207: 1.02; backward 91 + 25 + 1204: 1.10.
 // Both directions 1.12 and 1.06, where torch's GEMM beside `up`, which writes y and dx before the GEMM adds to them,
-// has 1.19 and 1.10; q, k and v as one node 1.03 forward, 1.12 backward. 1.05 would ask for h and dh inside the
+// has 1.18 and 1.10; q, k and v as one node 1.03 forward, 1.12 backward. 1.05 would ask for h and dh inside the
 // products; formed anew in each tile they are 16 more columns to 256, 6 %, as much as the passes.
 // That holds if these products reach cuBLAS's speed, and they have less than 6 % to lose. What they must live with: a
 // wgmma m64n256k16 takes 128 cycles and reads 10 KB of shared memory, and copies write 48 bytes a cycle, together all
@@ -168,31 +168,34 @@ struct Lora90 {
 
   template <bool kDeep>
   __device__ __forceinline__ void multiply(int depth, int& step, float (&sums)[kSums]) const {
-    const int end = step + depth / kDepth, first = step;
+    const int end = step + depth / kDepth;
+    int read = step;  // the first step that is not yet released
     const auto wait = [&] {
       mbarrier_wait(full() + step % kStages, step / kStages % 2);
       wgmma_fence();
-    };
-    const auto finish_step = [&] {
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (step > first) release(step - 1);  // it has been multiplied
-      ++step;
     };
     while (step < end) {
       wait();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) multiply_step<kDeep>(step % kStages, k, sums);
-      finish_step();
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (read < step) release(read++);  // it has been multiplied
+      ++step;
     }
     if (depth % kDepth) {
       wait();
 #pragma unroll 1
-      for (int k = 0; k < (depth % kDepth + 15) / 16; ++k) multiply_step<kDeep>(step % kStages, k, sums);
-      finish_step();
+      for (int k = 0; k < (depth % kDepth + 15) / 16; ++k) {
+        wgmma_fence();  // ptxas adds one otherwise: the registers come round a loop
+        multiply_step<kDeep>(step % kStages, k, sums);
+        wgmma_commit();
+      }
+      ++step;
     }
     wgmma_wait<0>();
-    release(step - 1);
+#pragma unroll 1
+    while (read < step) release(read++);
   }
 
   __device__ __forceinline__ void store(int number, int row, int column, float (&sums)[kSums]) const {
