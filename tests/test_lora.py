@@ -134,15 +134,16 @@ def test_linears(kernel, dtype, dropout_p):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_linears_many_rows(kernel, dtype, dropout_p):
     """More rows than a block of results has, and a rest; a weight transposed, and others as they are."""
-    x = drawn(150, 96, dtype=dtype)
+    x = drawn(270, 96, dtype=dtype)
     p = [projection(n, 96, dtype, bias=True, rank=r) for n, r in ((64, 4), (32, 20), (320, 0))]
     p[0] = p[0]._replace(weight=drawn(96, 64, dtype=dtype, size=0.1, grad=False).t())
     check(lora_linears, [x, p], {"dropout_p": dropout_p, "seeds": [3, 4, 5]}, *kernel)
 
 
-def test_large_weight():
-    """Its tiles, on AMX, are packed in two parts, forward and backward."""
-    x, p = drawn(16, 2112, dtype=torch.bfloat16), projection(4160, 2112, torch.bfloat16, rank=2)
+@pytest.mark.parametrize("dtype, rows, k, n", [(torch.bfloat16, 16, 2112, 4160), (torch.float32, 256, 16400, 300)])
+def test_large_weight(dtype, rows, k, n):
+    """It is packed in two parts, forward and backward."""
+    x, p = drawn(rows, k, dtype=dtype), projection(n, k, dtype, rank=2)
     check(linear, [x, p], backend="cpu")
 
 

@@ -43,12 +43,12 @@ struct Panel {
 };
 
 // x w, or x wᵀ, as a term of cpu/linear.h, where that serves such a product.
-std::optional<avx512::LinearTerm> linear_term(const Tensor& x, const Tensor& w, bool transpose) {
+std::optional<LinearTerm> linear_term(const Tensor& x, const Tensor& w, bool transpose) {
   const int64_t depth = w.size(transpose), along = w.stride(transpose), across = w.stride(!transpose);
   if (along != 1 && across != 1) return {};
   const int64_t ldw = across == 1 ? along : across;
-  if (!avx512::serves_linear(dtype_of(x), x.size(0), depth, ldw)) return {};
-  return avx512::LinearTerm{x.const_data_ptr(), w.const_data_ptr(), depth, ldw, across != 1};
+  if (!serves_linear(dtype_of(x), x.size(0), depth, ldw)) return {};
+  return LinearTerm{x.const_data_ptr(), w.const_data_ptr(), depth, ldw, across != 1};
 }
 
 DropoutArgs dropout_of(const Projections& projections, const Projection& p) {
@@ -93,7 +93,8 @@ std::tuple<Tensors, Tensor> lora_linears_cpu(const Tensor& x, Tensors weight, Op
     float* bias = p.bias ? b.data + p.r * b.ld : nullptr;
     if (bias) lora_pack({dtype_of(*p.bias), p.bias->mutable_data_ptr(), 1, p.n, 0, p.bias->stride(0)}, 1.f, bias, b.ld);
     if (const auto term = linear_term(x, p.weight, true)) {
-      avx512::linear(&*term, 1, rows, p.n, h_data + p.offset, rank, p.r, b.data, bias, false, y.mutable_data_ptr());
+      linear(projections.dtype, &*term, 1, rows, p.n, h_data + p.offset, rank, p.r, b.data, bias, false,
+             y.mutable_data_ptr());
     } else {
       const bool update = p.r || bias;
       if (update)
@@ -140,7 +141,7 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
   Tensors results;
   if (wanted[0]) {
     Tensor dx = new_result(like, {rows, k});
-    std::vector<avx512::LinearTerm> terms;
+    std::vector<LinearTerm> terms;
     for (size_t i = 0; i < projections.each.size(); ++i)
       if (const auto term = linear_term(dy[i], projections.each[i].weight, false)) terms.push_back(*term);
     const bool together = terms.size() == projections.each.size();  // all products, and dH A without dropout
@@ -157,8 +158,8 @@ Tensors linears_backward(Tensors dy, std::optional<Tensor> x, std::optional<Tens
     for (const Projection& p : projections.each)
       if (p.r && p.seed) up(dropout_of(projections, p), p.offset, p.r);
     if (together) {
-      avx512::linear(terms.data(), terms.size(), rows, k, dh_data, rank, any_dropout(projections) ? 0 : rank, a.data,
-                     nullptr, written, dx.mutable_data_ptr());
+      linear(t, terms.data(), terms.size(), rows, k, dh_data, rank, any_dropout(projections) ? 0 : rank, a.data,
+             nullptr, written, dx.mutable_data_ptr());
     } else {
       for (size_t i = 0; i < projections.each.size(); ++i) {
         matmul_out(dx, dy[i], projections.each[i].weight, written);

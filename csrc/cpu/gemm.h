@@ -35,13 +35,14 @@ struct Destination {
   const float* row_factor = nullptr;
 };
 
-template <int MR, int NV, bool kTransposed, class T>
+// With kAhead, 16 bytes of `ahead` are fetched into L2 for each of K.
+template <int MR, int NV, bool kTransposed, bool kAhead = false, class T>
 inline void fma_tile(int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, const Destination<T>& C,
-                     int64_t row, int64_t column) {
+                     int64_t row, int64_t column, const float* ahead = nullptr) {
   fvec c[MR][NV];
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NV; ++n) c[m][n] = fvec{};
-  for (int64_t k = 0; k < K; ++k) {
+  const auto step = [&](int64_t k) {
     fvec b[NV];
 #pragma GCC unroll 8
     for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * VL);
@@ -51,7 +52,14 @@ inline void fma_tile(int64_t K, const float* A, int64_t lda, const float* B, int
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) c[m][n] += a * b[n];
     }
+  };
+  int64_t k = 0;
+  for (; kAhead && k + 4 <= K; k += 4, ahead += 16) {
+    _mm_prefetch((const char*)ahead, _MM_HINT_T1);
+#pragma GCC unroll 4
+    for (int64_t i = k; i < k + 4; ++i) step(i);
   }
+  for (; k < K; ++k) step(k);
   auto write = [&](auto lanes_of) {
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
@@ -69,7 +77,7 @@ inline void fma_tile(int64_t K, const float* A, int64_t lda, const float* B, int
   if (column + NV * VL <= C.columns)
     write([](int) { return VL; });
   else
-    write([&](int n) { return int(std::min<int64_t>(VL, C.columns - column - n * VL)); });
+    write([&](int n) { return int(std::clamp<int64_t>(C.columns - column - n * VL, 0, VL)); });
 }
 
 template <int MR, int NV, bool kTransposed, class T>

@@ -47,8 +47,8 @@ inline int64_t num_threads() {
 // of them. The body must not throw.
 //
 // Each thread has a share, the same one in every call of the same size, whose data may still lie in its cache; it takes
-// a quarter at a time, and when it is done, quarters of the others': a core that is slower, or has other work too, does
-// not hold the rest up.
+// a quarter of what is left at a time, and when it is done, quarters of the others': a core that is slower, or has
+// other work too, does not hold the rest up.
 template <class F>
 inline void parallel_for(int64_t count, int64_t grain, const F& body) {
   constexpr int64_t kMost = 64, kPieces = 4;
@@ -65,13 +65,14 @@ inline void parallel_for(int64_t count, int64_t grain, const F& body) {
     all[i].next.store(tasks * i / shares, std::memory_order_relaxed);
     all[i].end = tasks * (i + 1) / shares;
   }
-  const int64_t piece = std::max<int64_t>(tasks / shares / kPieces, 1);
   on_threads(shares, [&](int64_t own) {
     for (int64_t i = 0; i < shares; ++i) {
       Share& share = all[(own + i) % shares];
-      for (int64_t begin; (begin = share.next.fetch_add(piece, std::memory_order_relaxed)) < share.end;) {
-        const int64_t end = std::min(begin + piece, share.end);
+      for (int64_t begin = share.next.load(std::memory_order_relaxed); begin < share.end;) {
+        const int64_t end = begin + std::max<int64_t>((share.end - begin) / kPieces, 1);
+        if (!share.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
         body(begin * grain, std::min(end * grain, count));
+        begin = share.next.load(std::memory_order_relaxed);
       }
     }
   });
