@@ -1,6 +1,5 @@
 // Products of matrices, A (m, depth) times B (depth, n), summed in fp32: 16-bit on tensor cores (mma.sync m16n8k16),
-// fp32 by FMA and with Kahan's
-// sum. What becomes of a block's sums is the calling kernel's affair.
+// fp32 by FMA and with Kahan's sum. What becomes of a block's sums is the calling kernel's affair.
 //
 // Tiling: a block of 4 warps makes 128 x 128 elements, each warp 64 x 64 of them in registers (fp32: 64 x 64 and 32 x
 // 32). Steps of 64 (32) in depth go through a ring of two stages that cp.async fills, one barrier to a step.
@@ -169,26 +168,15 @@ struct Gemm {
 
   __device__ __forceinline__ void multiply(Sums& sums, Sums& lost, const A& a, const B& b) const {
     if constexpr (sizeof(T) == 2) {
-      const int matrix = lane / 8, within = lane % 8;
 #pragma unroll
       for (int k = 0; k < kDepth; k += 16) {
         uint32_t left[kRows][4];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const int r = warp_row + 16 * i;
-          if constexpr (kADeep)
-            load_matrices<true>(left[i], a.chunk(k + matrix / 2 * 8 + within, r / 8 + matrix % 2));
-          else
-            load_matrices<false>(left[i], a.chunk(r + matrix % 2 * 8 + within, k / 8 + matrix / 2));
-        }
+        for (int i = 0; i < kRows; ++i) load_rows<kADeep>(left[i], a, warp_row + 16 * i, k);
 #pragma unroll
         for (int j = 0; j < kColumns; j += 2) {
-          uint32_t r[4];  // two blocks of b, 16 x 8 each
-          const int c = warp_column + 8 * j;
-          if constexpr (kBDeep)
-            load_matrices<true>(r, b.chunk(k + matrix % 2 * 8 + within, c / 8 + matrix / 2));
-          else
-            load_matrices<false>(r, b.chunk(c + matrix / 2 * 8 + within, k / 8 + matrix % 2));
+          uint32_t r[4];
+          load_columns<kBDeep>(r, b, warp_column + 8 * j, k);
           const uint32_t first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kLoraThreads, sizeof(T) == 4 && kDropout ? 1 :
 #pragma unroll(kRank == 64 ? 2 : 4)  // more takes too many registers
           for (int k = 0; k < kColumns; k += 16) {
             uint32_t block[4];
-            load_matrices<false>(block, tile.chunk(row + lane % 16, k / 8 + lane / 16));
+            load_rows<false>(block, tile, row, k);
 #pragma unroll
             for (int g = 0; g < kGranules; ++g)
               if (g >= first && g < last) multiply_step<T, false>(sums[m][g], block, panel(stage), g * kLoraGranule, k);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kLoraThreads, sizeof(T) == 4 && kDropout ? 1 :
         const auto multiply_into = [&](float (&to)[kTiles][4]) {
           if constexpr (sizeof(T) == 2) {
             uint32_t block[4];
-            load_matrices<false>(block, h.chunk(row + lane % 16, g * 2 + lane / 16));
+            load_rows<false>(block, h, row, g * 16);
             multiply_step<T, true>(to, block, panel(stage), 0, g * kLoraGranule);
           } else {
             const H left{h.data + g * kLoraGranule};

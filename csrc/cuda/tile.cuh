@@ -44,19 +44,33 @@ struct Tile {
   }
 };
 
+// Operands of mma from tiles: 16 rows of a and 16 depths, or 16 depths and 16 columns of b, which is two of its
+// operands. kDeep: the tile's rows are depths.
+template <bool kDeep, class A>
+__device__ __forceinline__ void load_rows(uint32_t (&r)[4], const A& a, int row, int k) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (kDeep)
+    load_matrices<true>(r, a.chunk(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+  else
+    load_matrices<false>(r, a.chunk(row + lane % 16, k / 8 + lane / 16));
+}
+template <bool kDeep, class B>
+__device__ __forceinline__ void load_columns(uint32_t (&r)[4], const B& b, int column, int k) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
+  if constexpr (kDeep)
+    load_matrices<true>(r, b.chunk(k + matrix % 2 * 8 + within, column / 8 + matrix / 2));
+  else
+    load_matrices<false>(r, b.chunk(column + matrix / 2 * 8 + within, k / 8 + matrix % 2));
+}
+
 // One step of a 16-bit product: the 16 x 16 block in a's registers, b's rows or columns k to k + 15
 template <class T, bool kDepthFirst, int kTiles, class B>
 __device__ __forceinline__ void multiply_step(float (&acc)[kTiles][4], const uint32_t (&a)[4], const B& b, int column,
                                               int k) {
-  const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
-    uint32_t r[4];  // two blocks of b, 16 x 8 each
-    const int n = column + 8 * j;
-    if constexpr (kDepthFirst)
-      load_matrices<true>(r, b.chunk(k + matrix % 2 * 8 + within, n / 8 + matrix / 2));
-    else
-      load_matrices<false>(r, b.chunk(n + matrix / 2 * 8 + within, k / 8 + matrix % 2));
+    uint32_t r[4];
+    load_columns<kDepthFirst>(r, b, column + 8 * j, k);
     const uint32_t first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
     mma<T>(acc[j], a, first);
     mma<T>(acc[j + 1], a, second);
@@ -67,17 +81,16 @@ __device__ __forceinline__ void multiply_step(float (&acc)[kTiles][4], const uin
 // kDepthFirst, else (columns, depth)
 template <class T, bool kDepthFirst, int kDepth, int kTiles, class A, class B>
 __device__ __forceinline__ void multiply(float (&acc)[kTiles][4], const A& a, int row, const B& b, int column) {
-  const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
       uint32_t block[4];
-      load_matrices<false>(block, a.chunk(row + lane % 16, k / 8 + lane / 16));
+      load_rows<false>(block, a, row, k);
       multiply_step<T, kDepthFirst>(acc, block, b, column, k);
     }
   } else {
     // 8 terms at a time, so that few roundings are of large sums
-    const int g = lane / 4, t = lane % 4;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     constexpr int kGroup = kTiles < 8 ? kTiles : 8;
 #pragma unroll
     for (int first = 0; first < kTiles; first += kGroup)
@@ -112,13 +125,11 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kTiles][4], con
                                                     int column, int depth) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
-    const int matrix = lane / 8, within = lane % 8;
 #pragma unroll 1
     for (int k = 0; k < depth; k += 32) {
       uint32_t block[2][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        load_matrices<true>(block[half], a.chunk(k + 16 * half + matrix / 2 * 8 + within, row / 8 + matrix % 2));
+      for (int half = 0; half < 2; ++half) load_rows<true>(block[half], a, row, k + 16 * half);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         uint32_t r[4];  // 32 x 8 of b
