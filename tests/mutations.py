@@ -3,9 +3,9 @@ tests/triton_kernels/mutate.py, which list the errors, have in common."""
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ def planted(mutation, file: str):
     mutation.old did."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        ignored = shutil.ignore_patterns("__pycache__", "_emu.*", "_cuda.*")
+        ignored = shutil.ignore_patterns("_emu.*", "_cuda.*")
         for part in ("pyfast", "tests", "kernels", "csrc"):
             shutil.copytree(ROOT / part, copy / part, ignore=ignored, symlinks=True)
         shutil.copy(ROOT / "pyproject.toml", copy)
@@ -31,16 +31,34 @@ def planted(mutation, file: str):
         yield copy
 
 
+#: forks processes that have what takes longest to import
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "hypothesis", "pytest", "pytest_timeout"])
+
+
 def fails(copy: Path, mutation, file: str) -> bool:
     """Whether a test in `file` -k mutation.tests fails in the copy, or crashes. Triton kernels are interpreted."""
-    plugins = ["-p", "no:cacheprovider", "-p", "pytest_timeout"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *plugins, "-k", mutation.tests, file]
-    # the other plugins take a third of the time until the first test
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if result.returncode > 1:
-        raise RuntimeError(f"{mutation.name}: pytest ended with {result.returncode}\n{result.stdout[-2000:]}")
-    return result.returncode != 0  # negative where a signal ended it
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout", "-k", mutation.tests, file]
+    process = _processes.Process(target=_run_pytest, args=(copy, arguments))
+    process.start()
+    process.join()
+    if process.exitcode > 1:
+        raise RuntimeError(
+            f"{mutation.name}: pytest ended with {process.exitcode}\n{(copy / 'log').read_text()[-2000:]}"
+        )
+    return process.exitcode != 0  # negative where a signal ended it
+
+
+def _run_pytest(copy: Path, arguments: list[str]) -> None:
+    os.chdir(copy)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1), os.dup2(log, 2)
+    # pytest's other plugins take a third of the time until the first test
+    os.environ.update(TRITON_INTERPRET="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    sys.path[:] = [path for path in sys.path if not path.startswith(str(ROOT))]
+    import pytest
+
+    os._exit(pytest.main(arguments))
 
 
 def main(description: str, mutations, caught) -> int:
