@@ -58,6 +58,15 @@ def test_weights_that_only_look_aligned(kernel, dtype):
     check(lambda x, w: lora_linear(x, w[:1, :72].expand(48, 72)), [x, wide.detach()], {}, *kernel)
 
 
+def test_adapters_do_not_meet(kernel):
+    """One that overflows leaves the other projections of x as they are."""
+    x, p = drawn(30, 72, dtype=torch.float16), [projection(n, 72, torch.float16) for n in (48, 64)]
+    alone = run(lora_linears, [x, p[:1]], None, *kernel)[0][0]
+    p[1] = p[1]._replace(lora_A=torch.full_like(p[1].lora_A, torch.inf))
+    beside, other = run(lora_linears, [x, p], None, *kernel)[0]
+    assert torch.equal(beside, alone) and not other.isfinite().any()
+
+
 def test_mlp_of_whole_vectors(kernel, dtype):
     """Without gradients, and with those of everything."""
     x, p = drawn(130, 72, dtype=dtype), [projection(*s, dtype, bias=True) for s in ((264, 72), (264, 72), (72, 264))]
