@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "cpu/gemm.h"
+#include "cpu/linear_plan.h"
 #include "cpu/lora.h"
 #include "cpu/parallel.h"
 #ifdef __AVX512F__
@@ -23,12 +23,7 @@ namespace {
 constexpr int kTall = 6, kVectors = VL == 16 ? 4 : 2;  // rows and vectors of sums in registers
 constexpr int64_t kWide = kVectors * VL;               // of a panel
 constexpr int64_t kRows = 126;                         // of a task, at most
-constexpr int64_t kColumns = 256;
-constexpr int64_t kDepth = 128;
-constexpr int64_t kTasks = 64;              // or more, if there are so many blocks
-constexpr int64_t kPackedBytes = 16 << 20;  // of the weight's panels at a time, but kColumns at least
-
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+constexpr int64_t kDepth = 128;                        // of a part
 
 // w's columns from `column` on, `valid` of them, as rows of kWide floats; zeros fill the others
 void pack(const LinearTerm& term, int64_t column, int64_t valid, float* out) {
@@ -65,24 +60,11 @@ void multiply_panel(int64_t rows, int64_t depth, const float* x, int64_t ldx, co
 
 void linear_fp32(const LinearTerm* terms, int64_t count, int64_t rows, int64_t columns, const float* h, int64_t ldh,
                  int64_t r, const float* b, const float* bias, bool accumulate, float* y) {
-  // parts of the depth; `at`: how much of it is before this one
-  struct Part {
-    const LinearTerm* term;
-    int64_t first, depth, at;
-  };
-  std::vector<Part> parts;
-  int64_t deep = 0;
-  for (const LinearTerm* term = terms; term < terms + count; deep += term++->depth) {
-    const int64_t pieces = blocks(term->depth, kDepth);
-    for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t first = term->depth * i / pieces, last = term->depth * (i + 1) / pieces;
-      parts.push_back({term, first, last - first, deep + first});
-    }
-  }
-  const int64_t most = kPackedBytes / int64_t(sizeof(float)) / deep / kColumns * kColumns;
-  const int64_t chunk = std::min(std::max(most, kColumns), blocks(columns, kWide) * kWide);
+  const LinearParts plan(terms, count, kDepth, 1);
+  const auto& parts = plan.parts;
+  const int64_t deep = plan.deep, chunk = chunk_of(columns, deep * int64_t(sizeof(float)), kWide);
   Scratch<float> packed(chunk * deep);
-  const int64_t tall = blocks(rows, kRows), height = blocks(blocks(rows, tall), kTall) * kTall;
+  const int64_t height = blocks(blocks(rows, blocks(rows, kRows)), kTall) * kTall;
   for (int64_t from = 0; from < columns; from += chunk) {
     const int64_t to = std::min(columns, from + chunk);
     parallel_for(blocks(to - from, kWide), 1, [&](int64_t first, int64_t last) {
@@ -93,14 +75,11 @@ void linear_fp32(const LinearTerm* terms, int64_t count, int64_t rows, int64_t c
       }
     });
 
-    const int64_t wide = blocks(to - from, kColumns);
-    // all columns are one task where that makes tasks enough
-    const int64_t together = std::clamp<int64_t>(tall * wide / kTasks, 1, wide), across = blocks(wide, together);
-    parallel_for(tall * across, 1, [&](int64_t first, int64_t last) {
+    const LinearTasks tasks{rows, height, from, to};
+    parallel_for(tasks.count(), 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t row = task / across * height, valid = std::min(height, rows - row);
-        const int64_t column_begin = from + task % across * together * kColumns;
-        const int64_t column_end = std::min(to, column_begin + together * kColumns);
+        const auto [row, row_end, column_begin, column_end] = tasks[task];
+        const int64_t valid = row_end - row;
         float* out = y + row * columns;
         for (int64_t c0 = column_begin; c0 < column_end; c0 += kColumns) {
           const int64_t c1 = std::min(column_end, c0 + kColumns);
@@ -113,7 +92,7 @@ void linear_fp32(const LinearTerm* terms, int64_t count, int64_t rows, int64_t c
               });
             add = true;
           }
-          for (const Part& part : parts) {
+          for (const auto& part : parts) {
             const float* x = (const float*)part.term->x + row * part.term->depth + part.first;
             for (int64_t c = c0; c < c1; c += kWide) {
               const float* panel = packed + (c - from) * deep + part.at * kWide;

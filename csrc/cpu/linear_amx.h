@@ -1,30 +1,23 @@
-// linear (cpu/linear.h) in bf16 on AMX. The weight is packed into tiles once per call, by all
-// threads, 16 MB at a time; a low-rank term is a few more columns of x and rows of the weight, so that it costs no pass
-// over y. A task is a block of 256 rows. For 256 columns and 512 of the depth at a time, x's part and the sums so far
-// stay in L2 while the weight passes by once, 32 columns of it staying in L1: tileloaddt1 keeps x's tiles out of their
-// way.
+// linear (cpu/linear.h) in bf16 on AMX. The weight is packed into tiles once per call, by all threads, 16 MB at a time;
+// a low-rank term is a few more columns of x and rows of the weight, so that it costs no pass over y. A task is a block
+// of 256 rows. For 256 columns and 512 of the depth at a time, x's part and the sums so far stay in L2 while the weight
+// passes by once, 32 columns of it staying in L1: tileloaddt1 keeps x's tiles out of their way.
 #pragma once
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "cpu/amx.h"
 #include "cpu/gemm.h"
-#include "cpu/linear.h"
+#include "cpu/linear_plan.h"
 #include "cpu/lora.h"
 #include "cpu/parallel.h"
 
 namespace pyfast::avx512::amx {
 namespace {
 
-constexpr int64_t kPair = 2 * kTile;        // rows and columns of sums in registers
-constexpr int64_t kRows = 256;              // of a task
-constexpr int64_t kColumns = 256;           // of a task's sums in L2
-constexpr int64_t kDepth = 16;              // tiles of the depth at a time
-constexpr int64_t kTasks = 64;              // or more, if there are so many blocks
-constexpr int64_t kPackedBytes = 16 << 20;  // of the weight's tiles at a time, but kColumns at least
-
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+constexpr int64_t kPair = 2 * kTile;  // rows and columns of sums in registers
+constexpr int64_t kRows = 256;        // of a task
+constexpr int64_t kDepth = 512;       // of a part
 
 // Tiles of 16 columns of w transposed, from row `column` on, one after the other along the depth.
 void pack_transposed(const LinearTerm& term, int64_t column, int64_t columns, bf16* out) {
@@ -102,25 +95,12 @@ struct Epilogue {
 
 void linear(const LinearTerm* terms, int64_t count, int64_t rows, int64_t columns, const float* h, int64_t ldh,
             int64_t r, const float* b, const float* bias, bool accumulate, void* y) {
-  // parts of the depth; `at`: tiles of it before this one
-  struct Part {
-    const LinearTerm* term;
-    int64_t first, tiles, at;
-  };
-  std::vector<Part> parts;
-  int64_t deep = 0;
-  for (const LinearTerm* term = terms; term < terms + count; ++term) {
-    const int64_t tiles = term->depth / kTileDepth, pieces = blocks(tiles, kDepth);
-    for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t first = tiles * i / pieces, last = tiles * (i + 1) / pieces;
-      parts.push_back({term, first * kTileDepth, last - first, deep + first});
-    }
-    deep += tiles;
-  }
+  const LinearParts plan(terms, count, kDepth, kTileDepth);
+  const auto& parts = plan.parts;
+  const int64_t deep = plan.deep / kTileDepth;  // in tiles
   const int64_t rank_tiles = blocks(r, kTileDepth), rank_size = rank_tiles * kTileSize;
   const int64_t column_size = (deep + rank_tiles) * kTileSize;  // elements of 16 columns' tiles
-  const int64_t most = kPackedBytes / int64_t(sizeof(bf16)) / (column_size / kTile) / kColumns * kColumns;
-  const int64_t chunk = std::min(std::max(most, kColumns), blocks(columns, kPair) * kPair);
+  const int64_t chunk = chunk_of(columns, column_size / kTile * int64_t(sizeof(bf16)), kPair);
   Scratch<bf16> packed(chunk / kTile * column_size);
   for (int64_t from = 0; from < columns; from += chunk) {
     const int64_t to = std::min(columns, from + chunk);
@@ -140,19 +120,15 @@ void linear(const LinearTerm* terms, int64_t count, int64_t rows, int64_t column
       }
     });
 
-    const int64_t tall = blocks(rows, kRows), wide = blocks(to - from, kColumns);
-    // all columns are one task where that makes tasks enough
-    const int64_t together = std::clamp<int64_t>(tall * wide / kTasks, 1, wide), across = blocks(wide, together);
-    parallel_for(tall * across, 1, [&](int64_t first, int64_t last) {
+    const LinearTasks tasks{rows, kRows, from, to};
+    parallel_for(tasks.count(), 1, [&](int64_t first, int64_t last) {
       Tiles scope;
       alignas(64) float results[4 * kTileResult];
       Scratch<float> sums(kRows * kColumns);
       Scratch<bf16> low_rank(kRows / kTile * rank_size), edge(kPair * deep * kTileDepth);
       const Epilogue epilogue{bias, accumulate};
       for (int64_t task = first; task < last; ++task) {
-        const int64_t row_begin = task / across * kRows, row_end = std::min(rows, row_begin + kRows);
-        const int64_t column_begin = from + task % across * together * kColumns;
-        const int64_t column_end = std::min(to, column_begin + together * kColumns);
+        const auto [row_begin, row_end, column_begin, column_end] = tasks[task];
         for (int64_t i = row_begin; i < row_end && r; i += kPair)
           pack_left(h + i * ldh, ldh, row_end - i, r, low_rank + (i - row_begin) / kTile * rank_size, rank_size);
         const int64_t whole_end = row_begin + (row_end - row_begin) / kPair * kPair, rest = row_end - whole_end;
@@ -163,7 +139,7 @@ void linear(const LinearTerm* terms, int64_t count, int64_t rows, int64_t column
           std::memset(spare + rest * depth, 0, (kPair - rest) * depth * sizeof(bf16));
         }
         for (int64_t c0 = column_begin; c0 < column_end; c0 += kColumns)
-          for (const Part& part : parts) {
+          for (const auto& part : parts) {
             const int64_t depth = part.term->depth;
             const bool first_part = &part == &parts.front(), last_part = &part == &parts.back();
             for (int64_t c = c0; c < std::min(column_end, c0 + kColumns); c += kPair)
@@ -188,10 +164,11 @@ void linear(const LinearTerm* terms, int64_t count, int64_t rows, int64_t column
                 } else {
                   unrolled<4>([&](auto t) { Tiles::load<t>(sum + t * kTileResult); });
                 }
-                const bf16* x = i < whole_end ? (const bf16*)part.term->x + i * depth
-                                              : edge + kPair * kTileDepth * (part.at - part.first / kTileDepth);
+                const bf16* x =
+                    i < whole_end ? (const bf16*)part.term->x + i * depth : edge + kPair * (part.at - part.first);
                 x += part.first;
-                add(x, x + kTile * depth, depth * sizeof(bf16), kTileDepth, right + part.at * kTileSize, part.tiles);
+                add(x, x + kTile * depth, depth * sizeof(bf16), kTileDepth, right + part.at / kTileDepth * kTileSize,
+                    part.depth / kTileDepth);
                 if (!last_part) {
                   unrolled<4>([&](auto t) { Tiles::store<t>(sum + t * kTileResult); });
                   continue;
