@@ -26,7 +26,7 @@ LOCAL, TENSOR_CORE, ASYNC_COPY = r"\b(?:LDL|STL)\b", r"\bHMMA\b", r"\bLDGSTS\b"
 WGMMA, TMA = r"\bHGMMA\b", r"\bUTMALDG\b"  # what kernels for sm_90a must contain instead
 BUDGETS = """
 #include <cstdio>
-#include "cuda/attention90.cuh"
+#include "cuda/attention90_backward.cuh"
 #include "cuda/linear_cross_entropy.cuh"
 #include "cuda/lora.cuh"
 #include "cuda/lora90.cuh"
@@ -46,8 +46,12 @@ template <class T> void product90(const char* type) {
   const int bytes = cuda::Gemm90<T, true>::kSharedBytes;
   std::printf("gemm90_kernel<%s, true %d\\nlogits90_kernel<%s %d\\n", type, bytes, type, bytes);
   std::printf("lora90_kernel<%s %d\\n", type, cuda::Lora90<T>::kSharedBytes);
-  std::printf("attention90_kernel<%s, 64 %d\\n", type, cuda::Attention90<T, 64>::kSharedBytes);
-  std::printf("attention90_kernel<%s, 128 %d\\n", type, cuda::Attention90<T, 128>::kSharedBytes);
+}
+template <class T, int kDim> void attention90(const char* type) {
+  const int bytes = cuda::Backward90<T, kDim>::kSharedBytes;
+  std::printf("attention90_kernel<%s, %d %d\\n", type, kDim, cuda::Attention90<T, kDim>::kSharedBytes);
+  std::printf("attention_dq90_kernel<%s, %d %d\\n", type, kDim, bytes);
+  std::printf("attention_dkv90_kernel<%s, %d %d\\n", type, kDim, bytes);
 }
 template <class T> void widths(const char* type) {
   print<T, 64>(type); print<T, 128>(type); print<T, 256>(type);
@@ -64,6 +68,8 @@ template <class T, int kRank> void lora(const char* type) {
 int main() {
   widths<float>("float"); widths<bf16>("bf16"); widths<fp16>("fp16");
   product90<bf16>("bf16"); product90<fp16>("fp16");
+  attention90<bf16, 64>("bf16"); attention90<bf16, 128>("bf16");
+  attention90<fp16, 64>("fp16"); attention90<fp16, 128>("fp16");
   lora<float, 16>("float"); lora<float, 32>("float");
   lora<bf16, 16>("bf16"); lora<bf16, 32>("bf16"); lora<bf16, 64>("bf16");
   lora<fp16, 16>("fp16"); lora<fp16, 32>("fp16"); lora<fp16, 64>("fp16");

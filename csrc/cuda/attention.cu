@@ -64,13 +64,13 @@ __global__ void dbias_kernel(const __grid_constant__ AttentionLaunch l) {
   if (!kBlock || threadIdx.x == 0) a.dbias[at] = float(sum);
 }
 
-// On sm_90a the forward by wgmma wherever it can compute what is asked for. That it is the faster one, of few queries
-// too, which leave most of its 128 or 192 rows empty, is arithmetic: hardware decides.
+// On sm_90a by wgmma wherever those kernels can compute what is asked for. That they are the faster ones, of few rows
+// too, which leave most of a block's 128 or 192 empty, is arithmetic: hardware decides.
 int run(const Attention& a, Pass pass, void* stream) {
   Device device;
   if (int e = get_device(device)) return e;
-  if (pass == Pass::forward && device.architecture == 90 && attention90_serves(a))
-    return a.dtype == DType::bf16 ? attention90_bf16(a, stream) : attention90_fp16(a, stream);
+  if (device.architecture == 90 && attention90_serves(a, pass))
+    return a.dtype == DType::bf16 ? attention90_bf16(a, pass, stream) : attention90_fp16(a, pass, stream);
   return a.dtype == DType::fp32   ? attention_fp32(a, pass, stream)
          : a.dtype == DType::bf16 ? attention_bf16(a, pass, stream)
                                   : attention_fp16(a, pass, stream);

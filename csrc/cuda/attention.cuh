@@ -9,7 +9,7 @@
 // of the next. fp32 is multiplied by FMA in the same layout, D = 256 in tiles of 32 rows and without a ring.
 // Shared memory, 16-bit: forward (64 + 4 inner) rows of D, 40 to 96 KB; backward (128 + 4 inner), 48 to 128 KB.
 // Bound: tensor cores, 4 D FLOP per pair of query and key forward, and 14 D backward, where 10 D would do with atomics.
-// mma.sync reaches some 60 % of an H100's peak, which is wgmma's: there attention90.cuh serves the forward it can.
+// mma.sync reaches some 60 % of an H100's peak, which is wgmma's: there attention90.cuh serves what it can.
 // Without a GPU these are bounds on paper.
 //
 // Packed sequences (cu_seqlens): tile t belongs to the sequence n for which start(n) <= t < start(n + 1), where
@@ -110,7 +110,7 @@ __device__ __attribute__((noinline)) inline Words called_philox(uint64_t seed, u
   return w;
 }
 
-struct Keys {
+struct Keys {  // or queries
   int first, count;
 };
 
@@ -143,6 +143,12 @@ struct Scores {
     const int position = i + keys - queries, behind = position + a.right + 1;
     const int first = a.left < 0 ? 0 : position - a.left, end = a.right < 0 || behind > keys ? keys : behind;
     return {first, i < queries && first < end ? end - first : 0};
+  }
+  // The queries that may see key j, likewise
+  __device__ __forceinline__ Keys seeing(int j) const {
+    const int position = j + queries - keys, behind = position + a.left + 1;
+    const int first = a.right < 0 ? 0 : position - a.right, end = a.left < 0 || behind > queries ? queries : behind;
+    return {first, first < end ? end - first : 0};
   }
   // Every query of i0 to i1 - 1 may see every key of j0 to j1 - 1
   __device__ __forceinline__ bool all_visible(int i0, int i1, int j0, int j1) const {
@@ -228,6 +234,16 @@ __device__ __forceinline__ int first_key(const Attention& a, const Place& p, int
 __device__ __forceinline__ int behind_keys(const Attention& a, const Place& p, int keys, int rows) {
   const int right = p.first + rows + keys - p.length + a.right;
   return a.right >= 0 && right < keys ? right : keys;
+}
+
+// The first query that may see a key of a tile, and the first behind those
+__device__ __forceinline__ int first_query(const Attention& a, const Place& p, int queries) {
+  const int first = p.first + queries - p.length - a.right;
+  return a.right >= 0 && first > 0 ? first : 0;
+}
+__device__ __forceinline__ int behind_queries(const Attention& a, const Place& p, int queries, int rows) {
+  const int behind = p.first + rows + queries - p.length + a.left;
+  return a.left >= 0 && behind < queries ? behind : queries;
 }
 
 // What the passes over keys share: a block's queries, and the keys that they may see
@@ -391,6 +407,29 @@ __device__ __forceinline__ void visit(const Block& block, Factors& factors, cons
     }
 }
 
+// delta of a warp's 16 queries: writes it, and gives each lane those of its two. before: query 0's place among them.
+template <class T>
+__device__ __forceinline__ void make_deltas(const Attention& a, const Place& p, int64_t before, int warp_row,
+                                            float (&delta)[2]) {
+  using Sum = std::conditional_t<sizeof(T) == 4, double, float>;  // dp - delta cancels: fp32 needs delta's last bits
+  const int lane = threadIdx.x % 32;
+  delta[0] = delta[1] = 0.f;
+  for (int r = 0; r < 16; ++r) {  // a warp sums one row after the other
+    const int i = warp_row + r;
+    Sum terms = 0;
+    if (i < p.length) {
+      const T *o = row_of<T>(a.out, p.batch, p.head, p.begin + i), *d = row_of<T>(a.dout, p.batch, p.head, p.begin + i);
+      for (int c = lane; c < a.dim; c += 32) terms += Sum(to_float(o[c])) * to_float(d[c]);
+    }
+    for (int by = 16; by; by /= 2) terms += __shfl_xor_sync(~0u, terms, by);
+    float sum = float(terms);
+    if (i < p.length && a.dlse) sum -= a.dlse[before + i];
+    if (i < p.length && lane == 0) a.delta[before + i] = sum;
+    if (r == lane / 4) delta[0] = sum;  // not delta[r / 8]: an index that is not known would put it in local memory
+    if (r == lane / 4 + 8) delta[1] = sum;
+  }
+}
+
 // dq, delta (out dout summed, less the gradient of lse) and, where asked for, the gradient of the scores
 template <class T, int kDim, bool kGeneral>
 __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDim, true>::kMinBlocks)
@@ -408,22 +447,8 @@ __global__ void __launch_bounds__(Tiling<T, kDim, true>::kThreads, Tiling<T, kDi
 
   const int lane = threadIdx.x % 32, keys = block.keys;
   const int row = block.warp_row() + lane / 4;
-  float delta[2] = {0.f, 0.f}, maximum[2] = {0.f, 0.f}, inverse_sum[2] = {0.f, 0.f};
-  using Sum = std::conditional_t<sizeof(T) == 4, double, float>;  // dp - delta cancels: fp32 needs delta's last bits
-  for (int r = 0; r < 16; ++r) {                                  // a warp sums one row after the other
-    const int i = block.warp_row() + r;
-    Sum terms = 0;
-    if (i < p.length) {
-      const T *o = row_of<T>(a.out, p.batch, p.head, p.begin + i), *d = row_of<T>(a.dout, p.batch, p.head, p.begin + i);
-      for (int c = lane; c < a.dim; c += 32) terms += Sum(to_float(o[c])) * to_float(d[c]);
-    }
-    for (int by = 16; by; by /= 2) terms += __shfl_xor_sync(~0u, terms, by);
-    float sum = float(terms);
-    if (i < p.length && a.dlse) sum -= a.dlse[scores.row + i];
-    if (i < p.length && lane == 0) a.delta[scores.row + i] = sum;
-    if (r == lane / 4) delta[0] = sum;  // not delta[r / 8]: an index that is not known would put it in local memory
-    if (r == lane / 4 + 8) delta[1] = sum;
-  }
+  float delta[2], maximum[2] = {0.f, 0.f}, inverse_sum[2] = {0.f, 0.f};
+  make_deltas<T>(a, p, scores.row, block.warp_row(), delta);
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     if (row + 8 * h < p.length) {
@@ -491,10 +516,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, false>::kThreads, Tiling<T, kD
     load<T>(memory.outer(1), a.v, p.batch, p.head, p.begin + p.first, a.dim, there);
   }
 
-  const int shift = p.length - queries;
-  const int first_seeing = p.first - shift - a.right, behind_seeing = p.first + Tiles::kOuter - shift + a.left;
-  const int begin = a.right >= 0 && first_seeing > 0 ? first_seeing : 0;
-  const int end = a.left >= 0 && behind_seeing < queries ? behind_seeing : queries;
+  const int begin = first_query(a, p, queries), end = behind_queries(a, p, queries, Tiles::kOuter);
   const int row = p.first + warp_row + lane / 4;  // this lane's first key; the second is row + 8
   float dk[kColumns / 8][4] = {}, dv[kColumns / 8][4] = {};
   const Factors factors(l);

@@ -241,14 +241,15 @@ __global__ void __launch_bounds__(Attention90<T, kDim>::kThreads, 1)
 #endif
 }
 
-// Whether attention90_kernel can compute what is asked for. It masks raw products, so that the scale is positive.
-inline bool attention90_serves(const Attention& a) {
+// Whether the kernels for sm_90a can compute what is asked for. They mask raw products, so that the scale is positive.
+inline bool attention90_serves(const Attention& a, Pass pass) {
   const auto boxes_serve = [&](const Heads& x, int64_t heads, int64_t rows) {
     return x.aligned && (a.batch == 1 || x.batch > 0) && (heads == 1 || x.head > 0) && (rows == 1 || x.row > 0);
   };
   return a.dtype != DType::fp32 && a.dim <= 128 && a.scale > 1e-30f && a.softcap == 0.f && !a.mask && !a.bias &&
          !a.seed && a.batch > 0 && a.sq > 0 && a.sk > 0 && boxes_serve(a.q, a.heads, a.sq) &&
-         boxes_serve(a.k, a.kv_heads, a.sk) && boxes_serve(a.v, a.kv_heads, a.sk);
+         boxes_serve(a.k, a.kv_heads, a.sk) && boxes_serve(a.v, a.kv_heads, a.sk) &&
+         (pass == Pass::forward || boxes_serve(a.dout, a.heads, a.sq));
 }
 
 template <class T>
@@ -273,7 +274,7 @@ int launch_attention90(const Attention& a, void* stream) {
   return a.dim <= 64 ? launch_attention90<T, 64>(a, stream) : launch_attention90<T, 128>(a, stream);
 }
 
-int attention90_bf16(const Attention& a, void* stream);
-int attention90_fp16(const Attention& a, void* stream);
+int attention90_bf16(const Attention& a, Pass pass, void* stream);
+int attention90_fp16(const Attention& a, Pass pass, void* stream);
 
 }  // namespace pyfast::cuda

@@ -1,7 +1,9 @@
-#include "cuda/attention90.cuh"
+#include "cuda/attention90_backward.cuh"
 
 namespace pyfast::cuda {
 
-int attention90_fp16(const Attention& a, void* stream) { return launch_attention90<fp16>(a, stream); }
+int attention90_fp16(const Attention& a, Pass pass, void* stream) {
+  return pass == Pass::forward ? launch_attention90<fp16>(a, stream) : launch_backward90<fp16>(a, pass, stream);
+}
 
 }  // namespace pyfast::cuda

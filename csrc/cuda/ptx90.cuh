@@ -293,7 +293,7 @@ void emulated_wgmma(float* d, const float (&left)[2][16], uint64_t b) {
 // d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].
 template <class T, bool kBDeep = false, bool kAdd = true, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b) {
-  static_assert(kCount == 64 || kCount == 128);
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
 #if defined(PYFAST_EMULATOR)
   float* const to = d;
   simt::defer([=] {
@@ -303,6 +303,11 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
     emulated_wgmma<T, kBDeep, kAdd, kCount>(to, left, b);
   });
 #else
+#define PYFAST_WGMMA32(types)                                                          \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {" PYFAST_0_TO_31 \
+               "}, %32, %33, %34, 1, 1, 0, %35;"                                       \
+               : PYFAST_D32(0)                                                         \
+               : "l"(a), "l"(b), "n"(int(kAdd)), "n"(int(kBDeep)))
 #define PYFAST_WGMMA64(types)                                                                               \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types " {" PYFAST_0_TO_31 "," PYFAST_32_TO_63 \
                "}, %64, %65, %66, 1, 1, 0, %67;"                                                            \
@@ -313,7 +318,12 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
                "," PYFAST_64_TO_127 "}, %128, %129, %130, 1, 1, 0, %131;"                                   \
                : PYFAST_D32(0), PYFAST_D32(32), PYFAST_D32(64), PYFAST_D32(96)                              \
                : "l"(a), "l"(b), "n"(int(kAdd)), "n"(int(kBDeep)))
-  if constexpr (kCount == 64) {
+  if constexpr (kCount == 32) {
+    if constexpr (std::is_same_v<T, bf16>)
+      PYFAST_WGMMA32("bf16.bf16");
+    else
+      PYFAST_WGMMA32("f16.f16");
+  } else if constexpr (kCount == 64) {
     if constexpr (std::is_same_v<T, bf16>)
       PYFAST_WGMMA64("bf16.bf16");
     else
@@ -324,6 +334,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
     else
       PYFAST_WGMMA128("f16.f16");
   }
+#undef PYFAST_WGMMA32
 #undef PYFAST_WGMMA64
 #undef PYFAST_WGMMA128
 #endif
