@@ -41,7 +41,7 @@ def planted_in(file: str, kernel: str, tests: str, rows: list[tuple[str, ...]]) 
 LOSS, LOSS_FILE = "cross_entropy", "cross_entropy.cuh"
 HEADS, TILES = "attention.cuh", "tile.cuh"
 BF16, FP32 = "attention_bf16", "attention_fp32"
-HEADS90, BF16_90 = "attention90.cuh", "attention90_bf16"
+HEADS90, BACK90, BF16_90 = "attention90.cuh", "attention90_backward.cuh", "attention90_bf16"
 GEMM, GEMM90 = "gemm.cuh", "gemm90.cuh"
 HEAD, HEAD_ROWS = "linear_cross_entropy.cuh", "linear_cross_entropy.cu"
 HEAD_ALL, HEAD_BF16, HEAD_FP32 = (f"linear_cross_entropy{suffix}" for suffix in ("", "_bf16", "_fp32"))
@@ -95,8 +95,8 @@ MUTATIONS = [
         ("a window that begins too late", "a.left >= 0 && left > 0 ? left : 0",
          "a.left >= 0 && left > 0 ? left + 1 : 0", f"{RULE} and window"),
         ("a tile taken for visible", "i1 <= queries && j1 <= keys", "i1 <= queries", f"{RULE} and bfloat16 and whole"),
-        ("queries too few for a window's keys", "p.first + Tiles::kOuter - shift + a.left", "p.first - shift + a.left",
-         f"{RULE} and window"),
+        ("queries too few for a window's keys", "p.first + rows + queries - p.length + a.left",
+         "p.first + queries - p.length + a.left", f"{RULE} and window"),
         ("dropout's index", "return (row + i) * a.dropout_keys + j;", "return row * a.dropout_keys + i + j;",
          f"{RULE} and dropout"),
         ("no 1 / (1 - p)", "float(1.0 / (1.0 - a.dropout_p))", "1.f", f"{RULE} and dropout"),
@@ -156,9 +156,44 @@ MUTATIONS = [
         ("a query head's keys on sm_90a", "p.head / int(a.heads / a.kv_heads)", "p.head % int(a.kv_heads)",
          f"{RULE} and bfloat16 and grouped"),
     ]),
+    *planted_in(BACK90, BF16_90, "several_tiles and bfloat16", [
+        ("a pair of tiles not waited for", "mbarrier_wait(full(n), n / kStages % 2);", ""),
+        ("a block's rows not waited for", "mbarrier_wait(block.rows_there(), 0);", "{}"),
+        ("a pair's stage filled before it is free", "if (n >= kStages) mbarrier_wait(free(n), n / kStages % 2 ^ 1);",
+         ""),
+        ("the phase of a pair's free stage", "n / kStages % 2 ^ 1", "n / kStages % 2"),
+        ("tiles of dq given back while they are read", "if (n > 0) block.release(n - 1);", "block.release(n);"),
+        ("tiles of dk given back while they are read",
+         "wgmma_wait<0>();\n      hold(dv_sums);\n      hold(dk_sums);\n      block.release(n);",
+         "block.release(n);\n      wgmma_wait<0>();"),
+        ("scores of dq not waited for", "wgmma_wait<1>();\n    hold(s);", "wgmma_wait<2>();\n    hold(s);"),
+        ("gradients of dk's probabilities not waited for", "wgmma_wait<1>();\n      hold(dp);",
+         "wgmma_wait<2>();\n      hold(dp);"),
+        ("the next sequence's rows in the backward", "if (!packed || count >= kInner) return;", "return;",
+         "neighbours or rows_of_no_sequence"),
+        ("no barrier after the backward's zeros", "named_barrier(1 + threadIdx.x / 128, 128);", "",
+         "neighbours or rows_of_no_sequence"),
+        ("half of a product's depth", "b + d / 4 * kInnerHalf", "b"),
+        ("half of the gradients' columns", "wgmma_descriptor(b + k * 16 * 128, kInnerHalf)",
+         "wgmma_descriptor(b + k * 16 * 128)"),
+        ("one warp group's rows in the backward", "outer(which) + threadIdx.x / 128 * 64 * 128", "outer(which)",
+         f"{RULE} and bfloat16"),
+        ("dq without the scale on sm_90a", "factor[2] = {a.scale, a.scale}", "factor[2] = {1.f, 1.f}",
+         f"{RULE} and bfloat16"),
+        ("dk without the scale on sm_90a", "scale[2] = {a.scale, a.scale}", "scale[2] = {1.f, 1.f}",
+         f"{RULE} and bfloat16"),
+        ("one query head of a group on sm_90a", "head < group", "head < 1", f"{RULE} and bfloat16 and grouped"),
+        ("keys that a query does not see, in dq", "B::mask(probability, at, seen);", "{}",
+         f"{RULE} and bfloat16 and causal"),
+        ("no delta in dk", "dp[4 * j + h + e] - delta", "dp[4 * j + h + e]", f"{RULE} and bfloat16"),
+        ("probabilities not normalised", "(maximum + a.log_sum[row])", "maximum", f"{RULE} and bfloat16"),
+    ]),
     *planted_in(HEADS, BF16_90, f"{RULE} and bfloat16 and causal", [
         ("a row's keys end too late", "behind = position + a.right + 1", "behind = position + a.right + 2"),
         ("a row's keys begin too late", "position - a.left, end", "position - a.left + 1, end",
+         f"{RULE} and bfloat16 and window"),
+        ("a key's queries begin too late", "position - a.right, end", "position - a.right + 1, end"),
+        ("a key's queries end too early", "behind = position + a.left + 1", "behind = position + a.left",
          f"{RULE} and bfloat16 and window"),
     ]),
     *planted_in(GEMM, HEAD_BF16, "several_tiles and bfloat16", [

@@ -1,4 +1,4 @@
-"""Attention in 16 bits on sm_90a, whose forward is attention90.cuh's: the tests of test_attention.py that reach it."""
+"""Attention in 16 bits on sm_90a, where it has kernels of its own: the tests of test_attention.py that reach them."""
 
 import pytest
 import torch
@@ -93,12 +93,13 @@ def test_varlen_several_tiles(kernel, dtype, case):
 def test_varlen_neighbours_are_never_read(kernel, dtype, dim):
     """TMA brings the rows of the next sequence with a sequence's last: not even their NaN is seen."""
     args, _ = varlen_inputs(([150, 220], [200, 170], (2, 1, dim), {}), dtype)
-    expected = run(attention_varlen, args, {}, *kernel)[0][0]
+    expected = run(attention_varlen, args, {}, *kernel)
     with torch.no_grad():
         for x, first in ((args[0], 150), (args[1], 200), (args[2], 200)):
             x[first:] = torch.nan
-    out = run(attention_varlen, [x.detach() if torch.is_tensor(x) else x for x in args], {}, *kernel)[0][0]
-    assert torch.equal(out[:150], expected[:150]) and out[150:].isnan().all()
+    actual = run(attention_varlen, args, {}, *kernel)
+    for whole, other, first in zip(actual[0] + actual[1], expected[0] + expected[1], (150, 150, 200, 200), strict=True):
+        assert torch.equal(whole[:first], other[:first]) and whole[first:].isnan().all()
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -108,5 +109,6 @@ def test_same_bits(kernel, dtype, dim):
     results = []
     for seed, order in enumerate(("forward", "reverse", "random", "random", "random")):
         with emulator.emulating(order, seed=seed, lazy=seed % 2 == 0):
-            results.append(run(attention, args, options, *kernel)[0][0])
-    assert all(torch.equal(results[0], other) for other in results[1:])
+            results.append(run(attention, args, options, *kernel))
+    for outputs, gradients, _ in results[1:]:
+        assert all(map(torch.equal, outputs + gradients, results[0][0] + results[0][1]))
