@@ -12,8 +12,8 @@
 // 64 for scores and gradients, 32 for operands, of 240.
 //
 // Bound: tensor cores, 14 D FLOP per pair of query and key: per 64 x 64 pairs a processor takes 6 D cycles for dq and
-// 8 D for dk and dv (1,792 for D = 128), its special function units 512 for the exponentials, twice. 10 D would do in
-// one pass, with atomics. These are bounds on paper: it has not run on a GPU.
+// 8 D for dk and dv (768 and 1,024 for D = 128), its special function units 256 for the exponentials in each. 10 D
+// would do in one pass, with atomics. These are bounds on paper: it has not run on a GPU.
 #pragma once
 #include "cuda/attention90.cuh"
 
