@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from close import assert_close
 from harness import check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -263,19 +262,23 @@ def test_error_rule(kernel, dtype, case):
 @pytest.mark.parametrize("case", ["bias-of-heads", "bias-of-queries"])
 def test_gradients_of_few_elements(kernel, case):
     """In fp32, of sinks and of a bias: a number per head or query, what is left of a sum over thousands of terms. Of 8
-    such numbers the largest error is beyond twice another's, which is as exact, in 5 % of draws (of 64, in 0.1 %), so
-    that the error rule is held over several draws at once."""
-    draws = []
+    such numbers the largest error is beyond twice another's, which is as exact, in 5 % of draws, so that here it is the
+    root mean square of errors over several draws that counts. It is up to 1.9 times PyTorch's for sinks, whose terms
+    are of dO O, with O as it was rounded, and not of the probabilities."""
+    errors, own_errors = [], []
     for seed in range(8):
         torch.manual_seed(seed)
         args, options = inputs(case)
         _, own, cotangents = run(attention, args, options, "torch")
         truth = run(attention, *double((args, options)), "reference", cotangents=[c.double() for c in cotangents])[1]
-        draws.append((run(attention, args, options, *kernel, cotangents=cotangents)[1], truth, own))
+        gradients = run(attention, args, options, *kernel, cotangents=cotangents)[1]
+        for found, results in ((errors, gradients), (own_errors, own)):
+            found.append([(x - y).flatten() for x, y in zip(results, truth, strict=True)])
     for i in (3, 4):  # after those of q, k and v
-        assert_close(
-            *(torch.cat([gradients[i].flatten() for gradients in results]) for results in zip(*draws, strict=True))
+        error, own_error = (
+            float(torch.cat([e[i] for e in found]).square().mean().sqrt()) for found in (errors, own_errors)
         )
+        assert error <= 3 * own_error, f"{error:.3g} > 3 x PyTorch's own {own_error:.3g}"
 
 
 @pytest.mark.parametrize("case", VARLEN_CASES)
