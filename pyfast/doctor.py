@@ -39,7 +39,9 @@ def machine() -> list[tuple[str, str]]:
 
         cpu += f" ({', '.join(name for name, there in _info.cpu_features().items() if there)})"
         build = _info.build()
-        rows.append(("native kernels", f"built by {build['compiler']} against torch {build['torch']}"))
+        reason = dispatch.unavailable("cpu")
+        use = f"not used: {reason}" if reason else f"using {torch.ops.pyfast_cpu.get_isa()}"
+        rows.append(("native kernels", f"built by {build['compiler']} against torch {build['torch']}; {use}"))
     else:
         rows.append(("native kernels", "not built: install a C++ compiler (g++), then reinstall pyfast-kernels"))
     rows.append(("CPU", cpu))

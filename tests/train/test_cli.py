@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -277,11 +278,12 @@ def test_mistakes_with_a_result(trained, tmp_path, words, message):
 
 
 def test_doctor_names_the_backend_of_every_op():
-    from pyfast import dispatch
+    from pyfast import dispatch, doctor
 
     result = call("doctor")
     assert result.exit_code == 0, result.output
     assert "Python" in result.stdout
+    assert f"using {torch.ops.pyfast_cpu.get_isa()}" in dict(doctor.machine())["native kernels"]
     for op in dispatch.TABLE:
         assert op in result.stdout
 
