@@ -79,15 +79,15 @@ inline Tensor make_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   int32_t device, type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   if (dtype) {
     type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
   }
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, device,
-                                                         like.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, device,
+                                                  like.get_device_index(), &made));
   return Tensor(made);
 }
 

@@ -42,6 +42,13 @@ def test_asks_torch_for_its_stable_abi_only(library):
     assert not {name for name in names if name.startswith("cu")}
 
 
+def test_uses_no_macro_that_the_oldest_torch_lacks():
+    """Under torch 2.13 it compiles, as another name of TORCH_ERROR_CODE_CHECK; 2.11 does not know it."""
+    sources = [p for p in (Path(__file__).parents[2] / "csrc").rglob("*") if p.suffix in (".h", ".cpp")]
+    assert len(sources) > 50
+    assert not [p.name for p in sources if "STABLE_TORCH_ERROR_CODE_CHECK" in p.read_text()]
+
+
 @pytest.mark.slow
 def test_no_kernel_spills(library):
     """No local memory, and the instructions that a kernel is written for, on each architecture."""
