@@ -4,28 +4,50 @@ of them under compute-sanitizer where CUDA_HOME or PATH has it, then the benchma
     python -m benchmarks.gpu [OP ...] [--no-tests] [--no-bench] [--minutes 8]      or: make gpu, make gpu-bench OP=...
 
 Results go to benchmarks/results/<gpu>/<op>.json and .md, the logs of tests to <which>.log beside them. What no time was
-left for is named. Failures are printed last, and make the exit status 1.
+left for is named. At the end come the fastest backend of each case, the bars with what misses them, and the failures,
+which make the exit status 1; a missed bar does not.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from . import cuda
+from . import cuda, peers
 from .machine import versions
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = ("op", "case", "variant", "ms", "pyfast_speedup", "tflops", "of_gemm", "gb_per_s", "of_copy", "not_run")
+COLUMNS = (
+    "case",
+    "variant",
+    "forward_ms",
+    "backward_ms",
+    "ms",
+    "wall_ms",
+    "pyfast_speedup",
+    "forward_tflops",
+    "backward_tflops",
+    "of_gemm",
+    "forward_gb_per_s",
+    "backward_gb_per_s",
+    "of_copy",
+    "peak_mb",
+    "extra_mb",
+    "not_run",
+)
 
 
 def folder_of(gpu: str) -> Path:
@@ -124,43 +146,174 @@ def _finish(running: dict[str, subprocess.Popen], folder: Path, seconds: float) 
     return failed
 
 
-def cells(row: dict) -> list[str]:
-    return ["" if row.get(column) is None else str(row[column]) for column in COLUMNS]
+# ---- benchmarks
+START_SECONDS = 120  # in which a process must have imported PyTorch and measured the limits
+STEP_SECONDS = 75  # in which a variant must have been compiled and checked, or timed, or profiled
 
 
-def save(folder: Path, op: str, rows: list[dict], about: dict) -> None:
-    (folder / f"{op}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    table = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
+def bench_command(names: list[str], skip: list[str]) -> list[str]:
+    left_out = [word for one in skip for word in ("--skip", one)]
+    return [sys.executable, "-m", "benchmarks.cuda", *names, *left_out]
+
+
+def bench(ops: list[str], folder: Path, about: dict, deadline: float) -> list[str]:
+    """Measures every case of `ops` until `deadline` (of time.monotonic), saves and prints them; returns what failed.
+
+    The cases run in a process of their own. When a variant takes the GPU with it or never ends, another process goes on
+    without that variant.
+    """
+    waiting, skip, limits, failed = cuda.plan(ops), [], [], []
+    (folder / "bench.log").write_text("")
+    rows: dict[str, list[dict]] = {}  # by case
+    bars: dict[str, list[dict]] = {}
+    labels = {f"{op}:{i}": (op, case.label) for op in ops for i, case in enumerate(cuda.cases(op))}
+    while waiting and time.monotonic() < deadline:
+        before, ended = (len(waiting), len(skip)), ""
+        for event, *found in _events(bench_command(waiting, skip), folder / "bench.log", deadline):
+            if event == "limits":
+                limits += found
+                print(f"limits: {found[0]}", flush=True)
+            elif event == "done":
+                name, measured, bars[name] = found
+                rows[name] = measured + rows.get(name, [])
+                waiting.remove(name)
+                print(_line(rows[name]), flush=True)
+            elif event == "failed":
+                name, reason = found
+                waiting.remove(name)
+                failed.append(f"{' '.join(labels[name])}: {reason}")
+            elif event == "lost":
+                name, variant, reason = found
+                op, label = labels[name]
+                if variant in (*cuda.KERNELS, *peers.PEERS[op]):
+                    skip.append(f"{op}:{variant}")
+                    row = {"op": op, "case": label, "variant": variant, "not_run": reason}
+                    rows.setdefault(name, []).append({**row, "failed": variant in cuda.KERNELS})
+                else:  # PyTorch itself
+                    waiting.remove(name)
+                    failed.append(f"{op} {label}: {variant}: {reason}")
+            elif event == "ended":
+                ended = found[0]
+        if (len(waiting), len(skip)) == before and time.monotonic() < deadline:
+            failed.append(f"benchmarks: {ended or 'nothing was measured'}, see {folder / 'bench.log'}")
+            break
+    about = {**about, "peers": peers.versions(), "limits": limits}
+    for op in ops:
+        names = [name for name in labels if labels[name][0] == op]
+        measured = [row for name in names for row in rows.get(name, [])]
+        verdicts = [verdict for name in names for verdict in bars.get(name, [])]
+        failed += [f"{op} {r['case']}: {r['variant']}: {r['not_run']}" for r in measured if r.get("failed")]
+        if measured:
+            save(folder, op, measured, verdicts, about)
+    _summarise([row for name in labels for row in rows.get(name, [])], [v for n in labels for v in bars.get(n, [])])
+    if waiting:
+        print(f"no time was left for: {'; '.join(' '.join(labels[name]) for name in waiting)}", flush=True)
+    return failed
+
+
+def _events(command: list[str], log: Path, deadline: float) -> Iterator[list]:
+    """What a process of benchmarks.cuda tells until it ends or `deadline`. A variant that takes too long, or with which
+    the process ends, is ("lost", case, variant, reason); an end of another kind ("ended", reason)."""
+    with log.open("a") as out:
+        process = subprocess.Popen(
+            command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=out, text=True, start_new_session=True
+        )
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read():
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    at, patience = None, START_SECONDS
+    try:
+        while True:
+            try:
+                line = lines.get(timeout=max(0.0, min(patience, deadline - time.monotonic())))
+                reason = None if line else f"its process ended with {process.wait()}"
+            except queue.Empty:
+                reason = f"no end after {patience} s"
+                if time.monotonic() >= deadline:
+                    return
+            if reason is not None:
+                yield ["lost", *at, reason] if at else ["ended", reason]
+                return
+            if not line.startswith("["):  # a package has printed it as it was imported
+                continue
+            event, *found = json.loads(line)
+            patience = STEP_SECONDS
+            if event == "at":
+                at = found
+            else:
+                at = None
+                yield [event, *found]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        process.wait()
+
+
+def save(folder: Path, op: str, rows: list[dict], bars: list[dict], about: dict) -> None:
+    result = {**about, "rows": rows, "bars": bars, "fastest": {case: as_called(rows, case) for case in _cases(rows)}}
+    (folder / f"{op}.json").write_text(json.dumps(result, indent=1) + "\n")
+    table = [COLUMNS, ["---"] * len(COLUMNS)]
+    table += [["" if row.get(column) is None else str(row[column]) for column in COLUMNS] for row in rows]
     text = "\n".join(f"| {' | '.join(row)} |" for row in table)
     head = (
-        "Forward and backward, bf16, medians. `pyfast_speedup` is the variant's time over PyFast's: above 1, PyFast"
-        f" wins.\n\n{json.dumps(about)}"
+        "bf16, medians. `forward_ms` and `backward_ms` are the GPU's time behind a flushed L2 cache, `ms` their sum,"
+        " `wall_ms` a call of both among others, the host's time included. `pyfast_speedup` is the variant's `ms` over"
+        " that of PyFast's fastest (triton, cuda or torch): above 1, PyFast wins. `peak_mb` is what a call of both"
+        f" holds at most beyond its inputs, `extra_mb` that without the gradients.\n\n{json.dumps(about)}"
     )
-    (folder / f"{op}.md").write_text(f"# {op}\n\n{head}\n\n{text}\n")
+    found = "\n".join(f"- {_verdict(bar)}" for bar in bars)
+    (folder / f"{op}.md").write_text(f"# {op}\n\n{head}\n\n{text}\n" + (f"\n{found}\n" if bars else ""))
 
 
-def bench(ops: list[str], folder: Path, about: dict, deadline: float, timer=cuda.do_bench) -> list[str]:
-    """Measures every case of `ops` until `deadline` (of time.monotonic), saves and prints them; returns what failed."""
-    about = {**about, "limits": cuda.limits(timer)}
-    print(f"limits: {about['limits']}", flush=True)
-    failed, left_out = [], []
-    for op in ops:
-        rows = []
-        for case in cuda.cases([op]):
-            if time.monotonic() > deadline:
-                left_out.append(f"{op} {case.label}")
-                continue
-            try:
-                rows += cuda.measure(case, about["limits"], timer)
-            except Exception as error:  # of whatever class: it is reported, and time on a GPU goes to the other cases
-                failed.append(f"{op} {case.label}: {cuda._reason(error)}")
-        for row in rows:
-            print(*filter(None, cells(row)), sep="  ", flush=True)
-        if rows:
-            save(folder, op, rows, about)
-    if left_out:
-        print(f"no time was left for: {'; '.join(left_out)}", flush=True)
-    return failed
+def _cases(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["case"] for row in rows))
+
+
+def as_called(rows: list[dict], case: str) -> dict[str, float]:
+    """PyFast's variants of a case, fastest first, in the milliseconds of a call: what dispatch.TABLE is set from, and
+    by the small cases dispatch.SMALL."""
+    ours = [row for row in rows if row["case"] == case and row["variant"] in cuda.OURS and "ms" in row]
+    return {row["variant"]: cuda.as_called(row) for row in sorted(ours, key=cuda.as_called)}
+
+
+def _line(rows: list[dict]) -> str:
+    """A case in one line: forward + backward of each variant, in milliseconds."""
+    timed = [f"{row['variant']} {row['forward_ms']:.3g}+{row['backward_ms']:.3g}" for row in rows if "ms" in row]
+    return f"{rows[0]['op']} {rows[0]['case']}: {' | '.join(timed)}"
+
+
+def _verdict(bar: dict) -> str:
+    head = f"{'met' if bar['met'] else 'MISSED'}: {bar['op']} {bar['case']}: {bar['bar']}: {bar['variant']}"
+    if "value" not in bar:
+        return f"{head} was not measured: {bar['not_measured']}"
+    limits = "".join(f", {key} {bar[key]}" for key in bar if key.endswith(("of_gemm", "of_copy")))
+    text = f"{head} {bar['value']:g} ({100 * bar['off']:+.0f} %{limits})"
+    profile = bar.get("profile", [])
+    if isinstance(profile, str):
+        return f"{text}; no profile: {profile}"
+    return text + "".join(f"; {one['launches']:g} × {one['kernel'][:40]} {one['us']:g} µs" for one in profile[:2])
+
+
+def _summarise(rows: list[dict], bars: list[dict]) -> None:
+    """What was not run and why; the fastest backends; the bars, missed ones last."""
+    reasons: dict[tuple, list[str]] = {}
+    for row in rows:
+        if "not_run" in row and not row.get("failed"):
+            reasons.setdefault((row["variant"], row["not_run"][:100]), []).append(row["op"])
+    for (variant, reason), where in reasons.items():
+        print(f"not run: {variant} ({', '.join(dict.fromkeys(where))}): {reason}")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        found = ((case, as_called(of_op, case)) for case in _cases(of_op))
+        told = (f"{case}: {' < '.join(f'{name} {ms:.3g}' for name, ms in ms_of.items())}" for case, ms_of in found)
+        print(f"fastest of {op}, ms: {'; '.join(told)}")
+    for bar in sorted(bars, key=lambda bar: not bar["met"]):
+        print(_verdict(bar), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,8 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     if not options.no_tests:
         failed += run_tests(folder, 60 * options.minutes * (0.9 if options.no_bench else 0.6))
     if not options.no_bench:
-        with torch.device("cuda"):
-            failed += bench(options.ops or list(cuda.CASES), folder, about, deadline)
+        failed += bench(options.ops or list(cuda.CASES), folder, about, deadline)
     print(f"results in {folder}")
     for line in failed[:40]:
         print(line[:300])
