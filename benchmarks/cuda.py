@@ -215,8 +215,8 @@ def _lora_bar(ratio):
     return (Bar("ms", at_most=ratio, beside=("frozen GEMMs",)),)
 
 
-#: op -> (a case of a shape, the shapes with the bars of each, and shapes so small that PyTorch may win: for
-#: dispatch.SMALL, timed without peers)
+#: op -> (a case of a shape, the shapes with the bars of each, and shapes timed without peers, whose compilation costs
+#: seconds a shape: others of training, and one so small that PyTorch may win, for dispatch.SMALL)
 CASES: dict[str, tuple[Callable, dict[tuple, tuple[Bar, ...]], list[tuple]]] = {
     # FlashAttention-3's figures are of 16k tokens and 2,048 columns
     "attention": (
@@ -238,30 +238,28 @@ CASES: dict[str, tuple[Callable, dict[tuple, tuple[Bar, ...]], list[tuple]]] = {
         {
             (8192, 4096, 128256): (Bar("ms", at_most=24), Bar("extra_mb", at_most=200)),
             (8192, 4096, 128256, 0.5): (Bar("ms", at_most=12.5), Bar("extra_mb", at_most=200)),
-            (8192, 2048, 32000): (),
         },
-        [(256, 1024, 32000)],
+        [(8192, 2048, 32000), (256, 1024, 32000)],
     ),
     "lora_linear": (
         partial(_lora, "lora_linear"),
         {
             (8192, 4096, (14336,), 16): _lora_bar(1.06),
             (8192, 4096, (4096,), 16): _lora_bar(1.10),
-            (8192, 4096, (1024,), 16): (),
         },
-        [(256, 1024, (1024,), 16)],
+        [(8192, 4096, (1024,), 16), (256, 1024, (1024,), 16)],
     ),
     "rms_norm": (
         partial(_norm, "rms_norm"),
-        {(16384, 4096): _OF_COPY, (16384, 8192): _OF_COPY, (65536, 1024): ()},
-        [(256, 1024)],
+        {(16384, 4096): _OF_COPY, (16384, 8192): _OF_COPY},
+        [(65536, 1024), (256, 1024)],
     ),
-    "rope": (_rope, {(4, 32, 8, 4096, 128): _OF_COPY, (8, 32, 32, 2048, 64): ()}, [(1, 8, 8, 256, 64)]),
-    "swiglu": (partial(_gated, "swiglu"), {(8192, 14336): _OF_COPY, (16384, 4096): ()}, [(256, 4096)]),
+    "rope": (_rope, {(4, 32, 8, 4096, 128): _OF_COPY}, [(8, 32, 32, 2048, 64), (1, 8, 8, 256, 64)]),
+    "swiglu": (partial(_gated, "swiglu"), {(8192, 14336): _OF_COPY}, [(16384, 4096), (256, 4096)]),
     "layer_norm": (
         partial(_norm, "layer_norm"),
-        {(16384, 4096): _OF_COPY, (65536, 1024): ()},
-        [(256, 1024)],
+        {(16384, 4096): _OF_COPY},
+        [(65536, 1024), (256, 1024)],
     ),
     "lora_mlp": (partial(_lora, "lora_mlp"), {(8192, 4096, 14336, 16): ()}, [(256, 1024, 2816, 16)]),
     "lora_linears": (
@@ -276,9 +274,9 @@ CASES: dict[str, tuple[Callable, dict[tuple, tuple[Bar, ...]], list[tuple]]] = {
 
 
 def cases(op: str) -> list[Case]:
-    """All cases of an op, the small ones last."""
-    make, shapes, small = CASES[op]
-    found = [make(*shape) for shape in (*shapes, *small)]
+    """All cases of an op, those without peers last."""
+    make, shapes, alone = CASES[op]
+    found = [make(*shape) for shape in (*shapes, *alone)]
     for case, bars in zip(found, shapes.values(), strict=False):
         case.bars = bars
     for case in found[len(shapes) :]:
@@ -287,7 +285,7 @@ def cases(op: str) -> list[Case]:
 
 
 def plan(names: Iterable[str]) -> list[str]:
-    """OP:INDEX of every case: those with bars first, then those without, and the small ones last."""
+    """OP:INDEX of every case: those with bars first, those without peers last."""
     every = [(f"{name}:{i}", case) for name in names for i, case in enumerate(cases(name))]
     return [name for name, case in sorted(every, key=lambda one: (not one[1].bars, not one[1].peers))]
 
@@ -412,8 +410,8 @@ class Gpu:
 
     device = "cuda"
     FLUSHED = 1 << 30  # bytes; writing them clears the L2 cache, and takes so long that the host is ahead of the GPU
-    TURN = 20.0  # milliseconds
-    REPEATS = (3, 25)  # of a turn, at least and at most
+    TURN = 10.0  # milliseconds
+    REPEATS = (3, 15)  # of a turn, at least and at most
 
     def times(self, *parts: Callable) -> list[float]:
         """Median milliseconds of each part of a call: parts are called in turn, each behind a flushed cache."""

@@ -283,7 +283,10 @@ def linear_cross_entropy(
     options = (ignore_index, label_smoothing, softcap)
     kept = 2 if softcap is not None and label_smoothing > 0 else 1  # of each logit, numbers in the input's dtype
     chunk_rows = max(16, logits_bytes // (kept * input.element_size() * classes))
+    if chunk_rows > 128:  # whole tiles
+        chunk_rows -= chunk_rows % 128
     for begin in range(0, rows, chunk_rows):
+        chunk = d = None  # the memory of the one before serves this one
         at = order[begin : begin + chunk_rows]
         limit = (counted - begin).clamp(0)
         x = torch.where(ignored[at, None], 0, input[at])  # what ignored rows hold must not reach a gradient

@@ -97,7 +97,7 @@ def test_every_op_has_cases_and_peers():
     found = {name: cuda.cases(name.split(":")[0])[int(name.split(":")[1])] for name in names}
     assert len({(case.op, case.label) for case in found.values()}) == len(names)
     kinds = [2 * (not case.bars) + (not case.peers) for case in found.values()]
-    assert kinds == sorted(kinds) and set(kinds) == {0, 2, 3}  # bars first, small last
+    assert kinds == sorted(kinds) and set(kinds) == {0, 2, 3}  # bars first, without peers last
     assert {case.op for case in found.values() if not case.peers} == set(cuda.CASES)
 
 
@@ -280,7 +280,7 @@ def test_gpu(monkeypatch):
     monkeypatch.setattr(cuda.Gpu, "FLUSHED", 16)
     found, calls = cuda.Gpu(), []
     first, second = found.times(lambda: calls.append(1), lambda: calls.append(2))
-    assert (first, second) == (1.0, 1.0) and calls == [1, 2] * 13  # a first, two to count by, then 20 ms / 2 ms
+    assert (first, second) == (1.0, 1.0) and calls == [1, 2] * 8  # a first, two to count by, then 10 ms / 2 ms
     assert found.wall(lambda: time.sleep(0.002)) >= 2
     assert found.peak(lambda: calls.append(3)) == 150 and calls[-1] == 3
     assert cuda.limits(found, size=8, elements=64).keys() == LIMITS.keys()
