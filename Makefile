@@ -53,7 +53,7 @@ demo: env
 bench: build
 	$(RUN) -m benchmarks --save benchmarks/results
 
-# With the environment if there is one, else with the machine's own Python: nothing is installed or built.
+# With the environment if there is one, else with the machine's own Python. `_cuda` is built in place for the card alone.
 GPU_RUN := $(if $(wildcard $(VENV)/.ready),$(RUN),$(PYTHON))
 
 gpu:

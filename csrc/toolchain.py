@@ -35,17 +35,23 @@ class Cuda(NamedTuple):
     runtime: Path  # libcudart_static.a
     version: str
 
-    def architecture_flags(self) -> str:
-        """For nvcc."""
-        pairs = [(f"compute_{a.split('_')[1]}", a) for a in ARCHITECTURES]
-        return " ".join(f"-gencode arch={virtual},code={real}" for virtual, real in pairs)
+
+def architecture_flags(architectures=ARCHITECTURES) -> str:
+    """For nvcc."""
+    pairs = [(f"compute_{a.split('_')[1]}", a) for a in architectures]
+    return " ".join(f"-gencode arch={virtual},code={real}" for virtual, real in pairs)
+
+
+def architecture_for(capability: tuple[int, int]) -> str:
+    """The one of ARCHITECTURES that a GPU of this compute capability runs."""
+    return "sm_80" if capability < (9, 0) else "sm_90a" if capability == (9, 0) else "compute_90"
 
 
 def find_cuda() -> Cuda | str:
     """The toolkit, or why there is none that serves."""
     home = os.environ.get("CUDA_HOME")
     packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu1*/bin/nvcc"), reverse=True)
-    candidates = [home and Path(home) / "bin" / "nvcc", shutil.which("nvcc"), *packages]
+    candidates = [home and Path(home) / "bin" / "nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", *packages]
     reason = "no nvcc found: set CUDA_HOME, or pip install 'pyfast-kernels[cuda-build]'"
     for nvcc in map(Path, filter(None, candidates)):
         if not nvcc.exists():
@@ -68,8 +74,11 @@ def find_cuda() -> Cuda | str:
     return reason
 
 
-def ninja_file(root: Path, libraries: dict[str, str], folder: Path = FOLDER, sanitizers: str = "") -> str:
-    """build.ninja for `libraries` (name -> file name), made in `folder`; sanitizers: flags for g++."""
+def ninja_file(
+    root: Path, libraries: dict[str, str], folder: Path = FOLDER, sanitizers: str = "", architectures=ARCHITECTURES
+) -> str:
+    """build.ninja for `libraries` (name -> file name), made in `folder`; sanitizers: flags for g++; architectures: what
+    `_cuda` holds."""
     import torch
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
@@ -105,9 +114,9 @@ def ninja_file(root: Path, libraries: dict[str, str], folder: Path = FOLDER, san
     if "_cuda" in libraries:
         cuda = find_cuda()
         flags = "-std=c++20 -O3 -Icsrc -Xcompiler -fPIC,-fvisibility=hidden"
-        command = f"{quote(str(cuda.nvcc))} -ccbin {CXX} -MMD -MF $out.d {flags} {cuda.architecture_flags()}"
+        command = f"{quote(str(cuda.nvcc))} -ccbin {CXX} -MMD -MF $out.d {flags} {architecture_flags(architectures)}"
         lines.append(f"rule nvcc\n  command = {command} -c $in -o $out\n{depfile}")
-        names = f"-DPYFAST_ARCHITECTURES='\"{', '.join(ARCHITECTURES)}\"'"
+        names = f"-DPYFAST_ARCHITECTURES='\"{', '.join(architectures)}\"'"
         compile_("_cuda", "csrc/binding/cuda/*.cpp", f"{names} {torch_flags}")
         compile_("_cuda", "csrc/cuda/*.cu", rule="nvcc")
         link["_cuda"] = f"{quote(str(cuda.runtime))} {torch_libraries} -lrt -lpthread"

@@ -66,7 +66,7 @@ def compiled_for_gpus() -> Path | str:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         library = Path(folder) / target.name
         options = ["-std=c++20", "-O3", f"-I{ROOT}/csrc", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        options += ["-ccbin", toolchain.CXX, "-cudart", "none", *cuda.architecture_flags().split()]
+        options += ["-ccbin", toolchain.CXX, "-cudart", "none", *toolchain.architecture_flags().split(), "--threads=0"]
         libraries = [cuda.runtime, "-ldl", "-lrt", "-lpthread"]
         subprocess.run([cuda.nvcc, *options, SOURCE, *libraries, "-o", library], check=True)
         os.replace(library, target)

@@ -1,7 +1,9 @@
 """The Triton and the CUDA C++ kernels on this machine's GPU: the op tests of tests/triton_kernels and tests/cuda, with
 tensors made on the GPU."""
 
+import collections
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,46 @@ def kernel(request, monkeypatch):
     torch.set_default_device(None)
 
 
+def lost() -> str | None:
+    """Why the GPU no longer answers this process, which an access out of bounds takes it from for good; or None."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"the GPU no longer answers this process: {str(error).splitlines()[0]}"
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    item.failed = getattr(item, "failed", False) or report.failed
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item):
+    """After a failure, which has been reported by now. Later tests must not fail for it: they get another process from
+    pytest-xdist, or without it are not run."""
+    reason = lost() if item.failed and torch.cuda.is_available() else None
+    if reason and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
+    if reason:
+        pytest.exit(reason, returncode=1)
+
+
+def _order(items):
+    """Modules take turns, so that processes side by side rarely compile the same kernel; fp16 in Triton comes last: it
+    differs from bf16 in a cast, and is what may be left over when time runs out."""
+    counts = collections.Counter()
+    keys = {}
+    for item in items:
+        counts[item.path] += 1
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        last = parameters.get("kernel") == "triton" and parameters.get("dtype") == torch.float16
+        keys[item] = (last, counts[item.path], item.path)
+    return keys.get
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Of the tests that test_gpu_*.py borrow, those that take no kernel run in their own module; ops that a backend has
@@ -57,4 +99,8 @@ def pytest_collection_modifyitems(config, items):
         without_gpu = set(here) - set(first.values()) - left_out
         config.hook.pytest_deselected(items=list(without_gpu))
         left_out |= without_gpu
-    items[:] = [item for item in items if item not in left_out]
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in here:  # nothing is compiled for these: a kernel that hangs is known sooner
+            if item not in left_out and item.callspec.params["kernel"] == "cuda":
+                item.add_marker(pytest.mark.timeout(60))
+    items[:] = [item for item in items if item not in here] + sorted(set(here) - left_out, key=_order(here))
