@@ -122,6 +122,23 @@ def mask(
     )
 
 
+def without_mask(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The model's arguments, so that no mask is made where none is needed: rows of one sequence, or the boundaries of
+    packed ones given.
+
+    transformers would look for boundaries in the position_ids, which waits for a GPU. What has four dimensions it hands
+    on as it is, and `attend` takes a mask of no elements for none.
+    """
+    known = ("attention_mask",) if kwargs.get("cu_seq_lens_q") is not None else _SHAPING
+    if any(kwargs.get(name) is not None for name in known) or model.config._attn_implementation != IMPLEMENTATION:
+        return kwargs
+    return {**kwargs, "attention_mask": torch.empty((0, 0, 0, 0), dtype=torch.bool)}
+
+
+#: arguments of a model that may ask for more than the causal pattern
+_SHAPING = ("attention_mask", "position_ids", "past_key_values", "encoder_hidden_states")
+
+
 # ---- attention on heads
 
 
@@ -148,7 +165,7 @@ def attend(
         )
     if arguments.get("cache") is not None:
         raise ValueError("a paged cache (continuous batching) is not served: call pyfast.unpatch(model) first")
-    drawn = seeds(dropout_p, 1)
+    drawn = seeds(dropout_p, 1, q.device)
     common = {
         "scale": scale,
         "softcap": softcap,
@@ -179,6 +196,8 @@ def attend(
             **common,
         )
         return out.view(batch, length, heads, width)
+    if attention_mask is not None and attention_mask.numel() == 0 and attention_mask.dim() == 4:
+        attention_mask = None  # without_mask
     if attention_mask is not None and attention_mask.dim() == 4:
         # it holds the causal pattern and the window too
         causal, window_size = False, None

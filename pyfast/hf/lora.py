@@ -72,9 +72,12 @@ def weights(module: nn.Module) -> tuple[LoraWeights, float] | None:
     return base and (LoraWeights(base[0], None, None, 0.0, base[1]), 0.0)
 
 
-def seeds(dropout_p: float, count: int) -> tuple[torch.Tensor, ...] | None:
-    """Independent dropout seeds from torch's generator, which checkpointing rewinds; None without dropout."""
-    return torch.randint(2**63 - 1, (count,)).unbind() if dropout_p else None
+def seeds(dropout_p: float, count: int, device: torch.device) -> tuple[torch.Tensor, ...] | None:
+    """Independent dropout seeds from torch's generator, which checkpointing rewinds; None without dropout.
+
+    On the device itself: a copy to a GPU would wait for all that it has still to do.
+    """
+    return torch.randint(2**63 - 1, (count,), device=device).unbind() if dropout_p else None
 
 
 def lora_forward(self, family, stock, x, **kwargs):
@@ -86,7 +89,7 @@ def lora_forward(self, family, stock, x, **kwargs):
 
 
 def _linear(x, projection, dropout_p):
-    seed = seeds(dropout_p, 1)
+    seed = seeds(dropout_p, 1, x.device)
     bias = projection.bias
     return ops.lora_linear(x, *projection[:4], bias=bias, dropout_p=dropout_p, seed=seed and seed[0])
 
@@ -105,4 +108,4 @@ def linears(modules: list[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     if None in served or len({p for _, p in served}) > 1 or all(w.lora_A is None for w, _ in served):
         return [linear(module, x) for module in modules]
     p = served[0][1]
-    return ops.lora_linears(x, [w for w, _ in served], dropout_p=p, seeds=seeds(p, len(served)))
+    return ops.lora_linears(x, [w for w, _ in served], dropout_p=p, seeds=seeds(p, len(served), x.device))

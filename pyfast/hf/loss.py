@@ -6,6 +6,7 @@ from transformers import modeling_outputs
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from pyfast import ops
+from pyfast.hf import attention
 from pyfast.hf.families import Family
 from pyfast.hf.lora import weights
 from pyfast.hf.swap import get, stock_class
@@ -65,8 +66,7 @@ def causal_lm_forward(self, family: Family, stock, **kwargs):
     ignore_index = kwargs.pop("ignore_index", -100)
     target = _target(arguments["labels"], arguments["shift_labels"], ignore_index, arguments["labels"].device)
     chosen = tokens(self, family, kwargs, (target != ignore_index).view(arguments["labels"].shape))
-    if chosen is not None:
-        kwargs["tokens"] = chosen
+    kwargs = attention.without_mask(self, kwargs) if chosen is None else {**kwargs, "tokens": chosen}
     outputs = getattr(self, self.base_model_prefix)(**kwargs)
     hidden = outputs.last_hidden_state
     head, _ = served

@@ -45,7 +45,7 @@ def mlp(module: nn.Module, family: Family, x: torch.Tensor) -> torch.Tensor:
         return _by_modules(modules, activation, family.joined_gate_up, x)
     projections = [projection for projection, _ in served]
     p = served[0][1]
-    drawn = seeds(p, len(projections))
+    drawn = seeds(p, len(projections), x.device)
     if family.joined_gate_up:
         projections = [*_halves(projections[0]), projections[1]]
         drawn = drawn and (drawn[0], drawn[0], drawn[1])  # both halves see the same dropped x

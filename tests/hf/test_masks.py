@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hf.tiny import CAUSAL, PAD, VOCAB, assert_same_step, batch, step, stock
-from transformers import StaticCache
+from transformers import StaticCache, masking_utils
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     create_bidirectional_mask,
@@ -12,7 +12,7 @@ from transformers.masking_utils import (
 )
 
 import pyfast
-from pyfast.hf import attention
+from pyfast.hf import attention, loss
 
 
 def _mask(model, function=create_causal_mask, length=6, rows=2, **kwargs):
@@ -158,6 +158,21 @@ def test_boundaries_are_found_once_per_step(monkeypatch):
     monkeypatch.setattr(attention, "_packed", lambda *args: calls.append(args) or found(*args))
     step(model, **batch("llama", "packed"))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("case", CAUSAL)
+def test_boundaries_that_are_given_are_not_looked_for(case, monkeypatch):
+    """As on a GPU, where no layer leaves tokens out: neither transformers nor PyFast looks at the position_ids."""
+    model, inputs = stock(case, adapter="lora"), batch(case, "packed")
+    pyfast.patch(model)
+    monkeypatch.setattr(loss, "tokens", lambda *_: None)
+    for module, name in ((masking_utils, "find_packed_sequence_indices"), (attention, "_packed")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("looked for boundaries"))
+    bounds = torch.tensor([0, 7, 8, 20, 23], dtype=torch.int32)
+    ranges = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 12, "max_length_k": 12}
+    got = step(model, **inputs, **ranges)
+    monkeypatch.undo()
+    assert_same_step(got, case, torch.float32, "lora", "packed")
 
 
 def _generate(model, **kwargs):
