@@ -23,6 +23,7 @@ from .machine import OthersLoad, folder_name, forget_peak, machine, require_kern
 
 BUSY = 0.05  # the share of the CPU that others may take during a round
 CHECKED = 3  # steps whose losses are compared, at least: every batch once
+RANK = 16  # of LoRA
 
 LLAMA_90M = {
     "hidden_size": 768,
@@ -107,24 +108,44 @@ def torch_dtype(name: str):
 
 def build(config: Config, dtype: str, fp32_adapters: bool = True):
     """The model with LoRA r=16, by default as PEFT makes it: fp32 adapters beside a bf16 model, SDPA attention."""
-    import peft
+    return add_adapters(base_model(config, dtype), config, fp32_adapters)
+
+
+def base_model(config: Config, dtype: str):
+    """The model without adapters, on the default device."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    name, arguments, targets, *_ = config
+    name, arguments, *_ = config
     options = {"dtype": torch_dtype(dtype), "attn_implementation": "sdpa"}
     if name is None:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(data.minilm(), num_labels=2, **options)
     else:
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments), **options)
     model.config.use_cache = False  # as Trainer sets it; with a cache, stock takes packed rows for one
-    lora = peft.LoraConfig(r=16, target_modules=targets, task_type="SEQ_CLS" if name is None else "CAUSAL_LM")
+    return model
+
+
+def add_adapters(model, config: Config, fp32_adapters: bool = True):
+    import peft
+
+    task = "SEQ_CLS" if config.class_name is None else "CAUSAL_LM"
+    lora = peft.LoraConfig(r=RANK, target_modules=config.targets, task_type=task)
     model = peft.get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters)
-    for name, parameter in model.named_parameters():  # a zero B would hide every error behind it
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape) * 0.02)
+    draw_adapters(model)
     return model.train()
+
+
+def draw_adapters(model) -> None:
+    """The same ones whatever has drawn numbers before. A zero B would hide every error behind it."""
+    import torch
+
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            scale = 0.02 if "lora_B" in name else parameter.shape[1] ** -0.5
+            parameter.data.copy_(torch.randn(parameter.shape) * scale)
 
 
 def find_data(options: argparse.Namespace, packed: bool = False, boundaries: bool = False) -> data.Data:
@@ -175,27 +196,29 @@ class Gemms:
     so are attention's products.
     """
 
-    def __init__(self, model, batches: list[dict], dtype):
+    def __init__(self, steps: list[list], dtype):
         import torch
 
-        self.steps = [needed(model, batch) for batch in batches]
+        self.steps = steps  # of each batch what `needed` gives
         sizes = [(m * k, n * k, m * n) for step in self.steps for _, m, k, n, _ in step]
         x, w, y = (max(column) for column in zip(*sizes, strict=True))
-        self.x, self.w, self.y, self.out = (torch.randn(n).to(dtype) for n in (x, w, y, max(x, w, y)))
+        self.x, self.w, self.y, self.out = (torch.randn(n, dtype=dtype) for n in (x, w, y, max(x, w, y)))
 
     def set_dropout(self, on: bool) -> None:
         pass
 
-    def step(self, i: int) -> float:
+    def multiply(self, kind: str, m: int, k: int, n: int) -> None:
         import torch
 
+        x, w, y = self.x[: m * k].view(m, k), self.w[: n * k].view(n, k), self.y[: m * n].view(m, n)
+        a, b = {"y": (x, w.T), "dx": (y, w), "dw": (y.T, x)}[kind]
+        torch.mm(a, b, out=self.out[: len(a) * b.shape[1]].view(len(a), b.shape[1]))
+
+    def step(self, i: int) -> float:
         seconds = 0.0
-        for kind, m, k, n, adapter in self.steps[i % len(self.steps)]:
-            x, w, y = self.x[: m * k].view(m, k), self.w[: n * k].view(n, k), self.y[: m * n].view(m, n)
-            a, b = {"y": (x, w.T), "dx": (y, w), "dw": (y.T, x)}[kind]
-            out = self.out[: len(a) * b.shape[1]].view(len(a), b.shape[1])
+        for *product, adapter in self.steps[i % len(self.steps)]:
             start = time.perf_counter()
-            torch.mm(a, b, out=out)
+            self.multiply(*product)
             seconds += 0.0 if adapter else time.perf_counter() - start
         return seconds
 
@@ -242,7 +265,8 @@ def worker(pipe, variant: str, options: argparse.Namespace) -> None:
     config = CONFIGS[options.config]
     if variant == GEMMS:
         found = find_data(options, packed=True)
-        training = Gemms(build(config, options.dtype), found.batches, torch_dtype(options.dtype))
+        model = build(config, options.dtype)
+        training = Gemms([needed(model, batch) for batch in found.batches], torch_dtype(options.dtype))
     else:
         kind = VARIANTS[variant]
         found = find_data(options, kind.packed, boundaries=kind.patched)

@@ -4,6 +4,8 @@ benchmarks/cuda.py.
 
     python -m benchmarks.gpu [OP ...] [--no-tests] [--no-bench] [--minutes 8]      or: make gpu, make gpu-bench OP=...
 
+OP=end_to_end, which is run only where it is named, is benchmarks/end_to_end_gpu.py: whole training steps.
+
 Results go to benchmarks/results/<gpu>/<op>.json and .md, the logs of tests to <which>.log beside them. What no time was
 left for is named. At the end come the fastest backend of each case, the bars with what misses them, and the failures,
 which make the exit status 1; a missed bar does not.
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from . import cuda, gpu_tests, peers
+from . import cuda, end_to_end_gpu, gpu_tests, peers
 from .machine import versions
 
 HERE = Path(__file__).resolve().parent
@@ -47,6 +49,10 @@ COLUMNS = (
     "extra_mb",
     "not_run",
 )
+
+
+#: parts that run only where they are named: (folder, about, deadline) -> what failed
+PARTS = {"end_to_end": end_to_end_gpu.run}
 
 
 def folder_of(gpu: str) -> Path:
@@ -226,14 +232,15 @@ def _summarise(rows: list[dict], bars: list[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"to benchmark, of {', '.join(cuda.CASES)}; all without")
+    names = f"of {', '.join(cuda.CASES)}, which all run without; or of {', '.join(PARTS)}"
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"to benchmark, {names}")
     parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
     parser.add_argument("--no-bench", action="store_true", help="tests alone")
     parser.add_argument("--minutes", type=float, default=8.0, help="what it may take in all (%(default)s)")
     options = parser.parse_args(argv)
     for op in options.ops:
-        if op not in cuda.CASES:
-            parser.error(f"there is no benchmark {op!r}: choose from {', '.join(cuda.CASES)}")
+        if op not in (*cuda.CASES, *PARTS):
+            parser.error(f"there is no benchmark {op!r}: choose from {', '.join((*cuda.CASES, *PARTS))}")
     if not torch.cuda.is_available():
         print("benchmarks.gpu: PyTorch sees no GPU here", file=sys.stderr)
         return 2
@@ -248,7 +255,10 @@ def main(argv: list[str] | None = None) -> int:
         left = deadline - time.monotonic()
         failed += gpu_tests.run_tests(folder, left if options.no_bench else left / 2)
     if not options.no_bench:
-        failed += bench(options.ops or list(cuda.CASES), folder, about, deadline)
+        ops = [op for op in options.ops or cuda.CASES if op in cuda.CASES]
+        failed += bench(ops, folder, about, deadline) if ops else []
+        for part in [op for op in options.ops if op in PARTS]:
+            failed += PARTS[part](folder, about, deadline)
     print(f"results in {folder}")
     for line in failed[:40]:
         print(line[:300])

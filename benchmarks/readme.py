@@ -48,6 +48,28 @@ def steps(folder: Path) -> str:
     return table(head, rows)
 
 
+def gpu_steps(folder: Path) -> str:
+    """For each GPU that was measured, a row for each variant of each model and form."""
+    gpus: dict[str, list] = {}
+    for path in sorted(folder.parent.glob("*/end_to_end_*.json")):
+        found = json.loads(path.read_text())
+        if "gpu" in found:
+            rows = gpus.setdefault(f"{found['gpu']}, commit {found.get('commit', 'unknown')}", [])
+            rows += [row for row in found["rows"] if "tokens_per_s" in row]
+    if not gpus:
+        return "No step has been measured on a GPU yet.\n"
+    head = "| step | variant | tokens/s | over stock | memory above the weights, of stock's |"
+    tables = []
+    for gpu, rows in gpus.items():
+        cells = [
+            [f"{row['model']}, {row['form']}", row["variant"], f"{row['tokens_per_s']:,.0f}"]
+            + [f"{row[name]:.2f} ×" if row.get(name) else "" for name in ("over_stock", "memory_of_stock")]
+            for row in rows
+        ]
+        tables.append(f"{gpu}:\n\n{table(head, cells)}")
+    return "\n".join(tables)
+
+
 def losses(folder: Path) -> str:
     """The rows of the ops' tables in which PyFast takes longer than a peer, and by how much."""
     rows = []
@@ -58,7 +80,7 @@ def losses(folder: Path) -> str:
     return table("| op | case | peer | the peer's time over PyFast's |", rows)
 
 
-TABLES = {"steps": steps, "losses": losses}
+TABLES = {"steps": steps, "gpu_steps": gpu_steps, "losses": losses}
 
 
 def written(text: str, machine: str) -> str:

@@ -27,7 +27,7 @@ def served(item) -> bool:
     op, backend = item.path.stem.removeprefix("test_gpu_"), item.callspec.params["kernel"]
     if op == "cuda":
         return backend == "cuda"
-    if backend == "triton" or op == "registration":
+    if backend == "triton" or op in ("registration", "families"):
         return True
     return (Path(__file__).parents[1] / "cuda" / f"test_op_{op}.py").exists()
 

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from hf.tiny import CASES, CAUSAL, assert_same_step, batch, step, stock
+from hf.tiny import CASES, CAUSAL, assert_same_step, step_on, stock
 
 import pyfast
 
 FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def check_training_step(case, adapter, kind, dtype, device="cpu"):
+    """tests/gpu asks for this on a GPU."""
+    model = stock(case, dtype, adapter).to(device)
+    report = pyfast.patch(model, strict=True)
+    assert report.swapped
+    assert_same_step(step_on(device, model, case, kind), case, dtype, adapter, kind, device)
 
 
 def combinations():
@@ -27,7 +35,4 @@ def combinations():
 
 @pytest.mark.parametrize(("case", "adapter", "kind", "dtype"), list(combinations()))
 def test_training_step(case, adapter, kind, dtype):
-    model = stock(case, dtype, adapter)
-    report = pyfast.patch(model, strict=True)
-    assert report.swapped
-    assert_same_step(step(model, **batch(case, kind)), case, dtype, adapter, kind)
+    check_training_step(case, adapter, kind, dtype)

@@ -187,13 +187,20 @@ def truth(case: str, dtype: torch.dtype, adapter: str, kind: str):
         return step(model, **batch(case, kind))
 
 
+def step_on(device: str, model, case: str, kind: str):
+    """`step` of the case's batch on a device; the results on the CPU."""
+    inputs = {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch(case, kind).items()}
+    loss, gradients = step(model.to(device), **inputs)
+    return loss.cpu(), {name: None if g is None else g.cpu() for name, g in gradients.items()}
+
+
 @functools.cache
-def stock_step(case: str, dtype: torch.dtype, adapter: str, kind: str):
-    return step(stock(case, dtype, adapter), **batch(case, kind))
+def stock_step(case: str, dtype: torch.dtype, adapter: str, kind: str, device: str = "cpu"):
+    return step_on(device, stock(case, dtype, adapter), case, kind)
 
 
-def assert_same_step(got, case: str, dtype: torch.dtype, adapter: str, kind: str) -> None:
-    assert_steps_agree(got, truth(case, dtype, adapter, kind), stock_step(case, dtype, adapter, kind), dtype)
+def assert_same_step(got, case: str, dtype: torch.dtype, adapter: str, kind: str, device: str = "cpu") -> None:
+    assert_steps_agree(got, truth(case, dtype, adapter, kind), stock_step(case, dtype, adapter, kind, device), dtype)
 
 
 def assert_steps_agree(got, truth, own, dtype: torch.dtype) -> None:
