@@ -76,40 +76,46 @@ class _Driver:
         return True
 
 
+def compile_launch(target: GPUTarget, architecture: str, kernel_name: str, call, size: int, dtype):
+    """The first launch of a kernel that a call of CASES would make on that GPU: (compiled kernel, its constants). It
+    lies in Triton's cache then, where the launch itself would look for it."""
+    driver.set_active(_Driver(target))
+    launch.architecture = lambda device: architecture
+    found = []
+
+    def compile_instead(kernel, programs, *arguments, **constants):
+        if kernel.__name__ != kernel_name.split()[0] or found:
+            return
+        kernel.device_caches.clear()  # the target is another than the last one's
+        signature = tree_map_only(torch.Tensor, lambda t: MockTensor(t.dtype), arguments)
+        found.append((kernel.warmup(*signature, grid=(1,), **constants, enable_fp_fusion=True), constants))
+
+    launch.run = compile_instead
+    with torch.device("meta"):
+        call(size, dtype)
+    return found[0]
+
+
 def compile_row(job: tuple[str, str, str, int]) -> dict:
     """The table's row of one (target, kernel, variant, problem size)."""
     name, kernel_name, variant, size = job
     largest, variants, _ = CASES[kernel_name]
     target, dtype, _, registers_per_sm, threads_per_sm = TARGETS[name]
-    driver.set_active(_Driver(target))
-    launch.architecture = lambda device: name
-    rows = []
-
-    def compile_instead(kernel, programs, *arguments, **constants):
-        if kernel.__name__ != kernel_name.split()[0]:
-            return
-        kernel.device_caches.clear()  # the target is another than the last one's
-        signature = tree_map_only(torch.Tensor, lambda t: MockTensor(t.dtype), arguments)
-        compiled = kernel.warmup(*signature, grid=(1,), **constants, enable_fp_fusion=True)
-        row = {
-            "kernel": kernel_name,
-            "variant": variant,
-            "tile": _describe(constants),
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        row["main_path"] = int(size <= largest and variant == next(iter(variants)))
-        row |= _resources(compiled, name)
-        threads = compiled.metadata.num_warps * target.warp_size
-        limits = [threads_per_sm // threads, registers_per_sm // max(1, row["registers"] * threads)]
-        if row["shared_bytes"]:
-            limits.append(TARGETS[name][2] // row["shared_bytes"])
-        row["occupancy"] = round(min(1.0, min(limits) * threads / threads_per_sm), 2)
-        rows.append(row)
-
-    launch.run = compile_instead
-    with torch.device("meta"):
-        variants[variant](size, dtype)
-    return rows[0]
+    compiled, constants = compile_launch(target, name, kernel_name, variants[variant], size, dtype)
+    row = {
+        "kernel": kernel_name,
+        "variant": variant,
+        "tile": _describe(constants),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    row["main_path"] = int(size <= largest and variant == next(iter(variants)))
+    row |= _resources(compiled, name)
+    threads = compiled.metadata.num_warps * target.warp_size
+    limits = [threads_per_sm // threads, registers_per_sm // max(1, row["registers"] * threads)]
+    if row["shared_bytes"]:
+        limits.append(TARGETS[name][2] // row["shared_bytes"])
+    row["occupancy"] = round(min(1.0, min(limits) * threads / threads_per_sm), 2)
+    return row
 
 
 def _describe(constants: dict) -> str:

@@ -2,12 +2,18 @@
 
 import json
 import math
+import multiprocessing
+import os
+import time
+from functools import partial
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("triton.language", reason="triton is not installed")
+from triton.backends.compiler import GPUTarget
+
 from benchmarks import launches, tune
 from pyfast.kernels import launch
 from pyfast.kernels.tiles import TILES
@@ -107,6 +113,102 @@ def test_a_measurement(kernel, monkeypatch):
     assert measure(40, tile) == math.inf
     assert TILES["gated_kernel"]["interpreter"] is table
     assert launch.run is run
+
+
+def test_a_tile_that_does_not_compile_is_passed_over(monkeypatch):
+    def call(size, dtype):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setitem(launches.CASES, "gated_kernel", launches.Case(40, {"": call}, None))
+    assert tune.Gpu("gated_kernel", torch.device("cpu"))(40, {"ROWS": 2, "BLOCK": 16}) == math.inf
+
+
+def test_agree():
+    """Another order of sums passes; a wrong row or column does not, though it is little of the whole."""
+    torch.manual_seed(0)
+    truth = torch.randn(400, 64)
+    assert tune._agree([truth + 2e-3 * torch.randn(400, 64)], [truth])
+    for place in ((7, slice(None)), (slice(None), 7)):
+        wrong = truth.clone()
+        wrong[place] *= 1.05
+        assert (wrong - truth).norm() < 1e-2 * truth.norm()
+        assert not tune._agree([wrong], [truth])
+    assert not tune._agree([truth * torch.nan], [truth])
+
+
+def test_no_tile_is_tried_after_the_deadline():
+    tried = []
+    tune.search("rope_kernel", "sm_90", 32, lambda size, tile: tried.append(tile) or 1.0, time.monotonic() - 1)
+    assert tried == [None]
+
+
+def test_tiles_compile_ahead(monkeypatch):
+    """In processes of their own, for a GPU that is not here; one that the compiler refuses is no tile."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    compile_one = partial(tune.compile_tile, GPUTarget("cuda", 90, 32), "sm_90", torch.bfloat16)
+    good, bad = {"ROWS": 8, "num_warps": 2}, {"ROWS": 24, "num_warps": 2}
+    ahead = tune.Ahead([("rope_kernel", 128, good), ("rope_kernel", 128, bad)], compile_one, 1)
+    try:
+        assert ahead.done("rope_kernel", 128, good)
+        assert not ahead.done("rope_kernel", 128, bad)
+    finally:
+        ahead.stop()
+
+
+def die(kernel, size, tile):
+    return os._exit(1) if kernel == "b" else True
+
+
+def test_a_compiler_that_ends_its_process(monkeypatch):
+    """Costs the other tiles of that kernel alone."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(tune.multiprocessing, "get_context", lambda _: fork)
+    ahead = tune.Ahead([(kernel, size, {}) for kernel in "abc" for size in (1, 2)], die, 1)
+    assert ahead.done("a", 1, {})
+    assert not ahead.done("b", 1, {})
+    assert not ahead.done("b", 2, {})
+    assert ahead.done("c", 1, {}) and ahead.done("c", 2, {})
+    ahead.stop()
+
+
+def test_tune(monkeypatch, tmp_path, capsys):
+    """Every kernel is written as it is done; one without a tile that runs, and one without time, are named."""
+
+    class Ahead:
+        def __init__(self, jobs, compile_one, workers):
+            assert {kernel for kernel, _, _ in jobs} == {"rope_kernel", "gated_kernel", "norm_kernel"} and workers >= 1
+
+        def done(self, kernel, size, tile):
+            return tile["num_warps"] != 2
+
+        def stop(self):
+            pass
+
+    class Gpu:
+        dtype = torch.bfloat16
+
+        def __init__(self, kernel, device):
+            self.kernel = kernel
+
+        def __call__(self, size, tile):
+            if self.kernel == "gated_kernel":
+                clock.append(100.0)
+                return math.inf
+            assert tile is None or tile["num_warps"] != 2  # it did not compile
+            return 2.0 if tile is None else 1.0 + tile["ROWS"] / 1000
+
+    clock = [0.0]
+    monkeypatch.setattr(tune, "Ahead", Ahead)
+    monkeypatch.setattr(tune, "Gpu", Gpu)
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[-1])
+    kernels, target = ["rope_kernel", "gated_kernel", "norm_kernel"], GPUTarget("cuda", 90, 32)
+    assert tune.tune(kernels, torch.device("cpu"), target, tmp_path, {}, 50.0) == ["norm_kernel"]
+    found = json.loads((tmp_path / "tiles_sm_90.json").read_text())["tiles"]
+    assert found.keys() == {"rope_kernel"} and found["rope_kernel"][0]["tile"] == {"ROWS": 8, "num_warps": 4}
+    printed = capsys.readouterr().out
+    assert "rope_kernel: 1 tiles, 0.992 ms saved" in printed
+    assert "gated_kernel: no tile of gated_kernel runs on sm_90" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to tune for")
