@@ -130,7 +130,7 @@ def _run(kernel, tensors, results, activation, **constants):
     """Runs a kernel over the tiles of tensors (rows, N)."""
     rows, columns = tensors[0].shape
     tile = launch.tile(kernel, tensors[0].device, columns)
-    programs = triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, tile["BLOCK"])
+    programs = launch.cdiv(rows, tile["ROWS"]) * launch.cdiv(columns, tile["BLOCK"])
     matrices = [t if t is None or t.dim() == 1 else Matrix(t, t.stride(0)) for t in tensors]  # a bias has one row
     launch.run(kernel, programs, *matrices, *results, rows, columns, ACTIVATION=activation, **constants, **tile)
 
@@ -180,7 +180,7 @@ def activate_backward(dy, x, bias, activation, bias_gradient):
     if dx.numel() == 0:
         return dx, bias.new_zeros(bias.shape if bias_gradient else (0,))
     dy, x, bias = launch.rows_of(dy), launch.rows_of(x), bias.contiguous()
-    tiles = triton.cdiv(len(x), launch.tile(activate_backward_kernel, x.device, x.shape[1])["ROWS"])
+    tiles = launch.cdiv(len(x), launch.tile(activate_backward_kernel, x.device, x.shape[1])["ROWS"])
     partial = bias.new_empty((tiles, len(bias)) if bias_gradient else 0, dtype=torch.float32)
     _run(activate_backward_kernel, [dy, x, bias], [dx, partial], activation, BIAS_GRADIENT=bias_gradient)
     return dx, partial.sum(0).to(bias.dtype) if bias_gradient else bias.new_empty(0)

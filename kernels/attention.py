@@ -446,7 +446,7 @@ class _Call:
             dropout_scale=1 / (1 - dropout_p),
         )
         self.device, self.dim = q.device, q.shape[-1]
-        self.constants = {"DIM": self.dim, "BLOCK_D": max(16, triton.next_power_of_2(self.dim))}
+        self.constants = {"DIM": self.dim, "BLOCK_D": max(16, launch.power_of_two(self.dim))}
 
     def tile(self, kernel) -> dict:
         return launch.tile(kernel, self.device, self.constants["BLOCK_D"])
@@ -454,7 +454,7 @@ class _Call:
     def run(self, kernel, heads: int, rows: int, block: str, *arguments, **constants) -> None:
         """A kernel whose programs take a tile of rows, of the length that the tile table names `block`, of a head."""
         tile = self.tile(kernel)
-        tiles = triton.cdiv(rows, tile[block])
+        tiles = launch.cdiv(rows, tile[block])
         if self.packed:
             tiles = rows // tile[block] + self.problem.sequences + 1
         programs = tiles * heads * self.batch if rows * self.dim else 0
@@ -504,11 +504,11 @@ def _bias_gradient(call, saved, delta):
     batches, heads, queries, keys = p.bias.shape
     if p.q.data.numel() == 0 or p.k.data.numel() == 0:
         return torch.zeros_like(p.bias, dtype=torch.float32, memory_format=torch.contiguous_format)
-    programs = batches * heads * triton.cdiv(queries, tile["BLOCK_M"]) * triton.cdiv(keys, tile["BLOCK_N"])
+    programs = batches * heads * launch.cdiv(queries, tile["BLOCK_M"]) * launch.cdiv(keys, tile["BLOCK_N"])
     head_members = p.heads // heads
     members = call.batch // batches * head_members
-    members_per_split = triton.cdiv(members, min(members, max(1, _PROGRAMS // programs)))
-    splits = triton.cdiv(members, members_per_split)
+    members_per_split = launch.cdiv(members, min(members, max(1, _PROGRAMS // programs)))
+    splits = launch.cdiv(members, members_per_split)
     dbias = delta.new_empty((splits, *p.bias.shape))
     launch.run(
         attention_dbias_kernel,

@@ -20,6 +20,6 @@ def dropout_kernel(X, SEED, Y, elements, dropout_threshold, scale, BLOCK: tl.con
 def dropout(x, seed, p):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     tile = launch.tile(dropout_kernel, x.device)
-    programs = triton.cdiv(x.numel(), tile["BLOCK"])
+    programs = launch.cdiv(x.numel(), tile["BLOCK"])
     launch.run(dropout_kernel, programs, x.contiguous(), seed, y, x.numel(), threshold(p), 1 / (1 - p), **tile)
     return y

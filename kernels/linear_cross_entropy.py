@@ -165,7 +165,7 @@ class _Chunk:
         rows, self.classes = len(x), len(linear_weight)
         tile = launch.tile(exponentials_kernel, x.device, self.classes)
         self.tile_columns = tile["BLOCK_N"]
-        tiles = triton.cdiv(self.classes, self.tile_columns)
+        tiles = launch.cdiv(self.classes, self.tile_columns)
         self.kept = x.new_empty((rows, self.classes)) if gradient else None
         slopes = gradient and self.softcap is not None and self.smoothing > 0
         self.slope = torch.empty_like(self.kept) if slopes else None
@@ -174,7 +174,7 @@ class _Chunk:
         self.target_logit = x.new_full((rows,), torch.nan, dtype=torch.float32)  # stays so for a target out of range
         launch.run(
             exponentials_kernel,
-            triton.cdiv(rows, tile["BLOCK_M"]) * tiles,
+            launch.cdiv(rows, tile["BLOCK_M"]) * tiles,
             x,
             linear_weight,
             bias,
@@ -200,7 +200,7 @@ class _Chunk:
             float(self.softcap or 1.0),
             SMOOTHING=self.smoothing > 0,
             SOFTCAP=self.softcap is not None,
-            BLOCK_R=16 if h is None else min(64, max(16, triton.next_power_of_2(h.shape[1]))),
+            BLOCK_R=16 if h is None else min(64, max(16, launch.power_of_two(h.shape[1]))),
             **tile,
         )
         self.maximum = self.tile_maximum.amax(0)
@@ -238,7 +238,7 @@ class _Chunk:
         tile = launch.tile(logits_gradient_kernel, d.device, self.classes)
         launch.run(
             logits_gradient_kernel,
-            len(d) * triton.cdiv(self.classes, tile["BLOCK"]),
+            len(d) * launch.cdiv(self.classes, tile["BLOCK"]),
             d,
             self.slope,
             self.target,

@@ -160,16 +160,16 @@ def matmul(
     seed, p, strides = dropout or (None, 0.0, (0, 0))
     rank = 0 if u is None else u.shape[1]
     tile = dict(launch.tile(matmul_kernel, a.device, size or n, "with dropout" if dropout else ""))
-    splits = min(tile.pop("SPLITS"), max(1, triton.cdiv(k, tile["BLOCK_K"]))) if split else 1
-    k_per_split = triton.cdiv(triton.cdiv(k, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
-    tile.pop("SPLITS", None)
+    most_splits = tile.pop("SPLITS")
+    splits = min(most_splits, max(1, launch.cdiv(k, tile["BLOCK_K"]))) if split else 1
+    k_per_split = launch.cdiv(launch.cdiv(k, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
     if out is None:
         out = a.new_empty((m, n), dtype=dtype)
     c = out if splits == 1 else a.new_empty((splits, m, n), dtype=torch.float32)
     kept_scale = 1 / (1 - p)
     launch.run(
         matmul_kernel,
-        triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]) * splits,
+        launch.cdiv(m, tile["BLOCK_M"]) * launch.cdiv(n, tile["BLOCK_N"]) * splits,
         a,
         b,
         c,
@@ -196,10 +196,12 @@ def matmul(
         threshold(p),
         *strides,
         DROP_A=drop_a and seed is not None,
-        BLOCK_R=min(64, max(16, triton.next_power_of_2(rank))),
+        BLOCK_R=min(64, max(16, launch.power_of_two(rank))),
         **tile,
     )
-    return out if splits == 1 else out.copy_(c.sum(0))
+    if splits > 1:
+        torch.sum(c, 0, out=out)
+    return out
 
 
 @triton.jit
@@ -265,9 +267,9 @@ def adapter_gradients(d, lora_B, h, *, low=False, db=False, dbias=False):
         )
     (rows, columns), rank = d.shape, lora_B.shape[1]
     tile = dict(launch.tile(adapter_gradients_kernel, d.device, rank))
-    splits = max(1, min(tile.pop("SPLITS"), triton.cdiv(columns, tile["BLOCK_N"])))
-    columns_per_split = triton.cdiv(triton.cdiv(columns, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
-    strips = triton.cdiv(rows, tile["BLOCK_M"])
+    splits = max(1, min(tile.pop("SPLITS"), launch.cdiv(columns, tile["BLOCK_N"])))
+    columns_per_split = launch.cdiv(launch.cdiv(columns, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
+    strips = launch.cdiv(rows, tile["BLOCK_M"])
     shapes = ((splits, rows, rank), (strips, columns, rank), (strips, columns))
     parts = [
         d.new_empty(shape, dtype=torch.float32) if asked else None
@@ -287,10 +289,10 @@ def adapter_gradients(d, lora_B, h, *, low=False, db=False, dbias=False):
         *d.stride(),
         *lora_B.stride(),
         0 if h is None else h.stride(0),
-        BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_R=max(16, launch.power_of_two(rank)),
         **tile,
     )
-    return tuple(part if part is None else part.sum(0) for part in parts)
+    return tuple(part if part is None else part[0] if len(part) == 1 else part.sum(0) for part in parts)
 
 
 def _projections(weight, lora_A, lora_B, scaling, bias, seed):
@@ -305,7 +307,7 @@ def _joint_product(a, parts, dropout_p, seeds, strides, split=False):
         return matmul(a, parts[0] if len(parts) == 1 else torch.cat(parts, 1), torch.float32, split=split)
     # whole tiles of columns for every part: a tile has one seed
     block = launch.tile(matmul_kernel, a.device, max(widths), "with dropout")["BLOCK_N"]
-    tiles = [triton.cdiv(width, block) for width in widths]
+    tiles = [launch.cdiv(width, block) for width in widths]
     padded = [torch.nn.functional.pad(p, (0, t * block - p.shape[1])) for p, t in zip(parts, tiles, strict=True)]
     seed = torch.stack([seed for seed, t in zip(seeds, tiles, strict=True) for _ in range(t)])
     options = {"dropout": (seed, dropout_p, strides), "drop_a": True, "split": split, "size": max(widths)}
@@ -337,6 +339,11 @@ def _gradients_of_A(x, lows, projections, dropout_p, needed):
     return [next(found) if need else None for need in needed]
 
 
+def _scaled(x, scale, dtype):
+    """scale · x in `dtype`, contiguous."""
+    return torch.mul(x, scale, out=x.new_empty(x.shape, dtype=dtype))
+
+
 def _backward(dy, x, h, projections, dropout_p, wanted):
     """The wanted gradients, of x and then of each projection's weight, lora_A, lora_B and bias."""
     ranks = [0 if p[1] is None else len(p[1]) for p in projections]
@@ -361,9 +368,9 @@ def _backward(dy, x, h, projections, dropout_p, wanted):
         if need_weight[i]:
             gradients.append(matmul(dy[i].T, x, weight.dtype))
         if need_A[i]:
-            gradients.append((dA[i].T * scaling).to(lora_A.dtype).contiguous())
+            gradients.append(_scaled(dA[i].T, scaling, lora_A.dtype))
         if need_B[i]:
-            gradients.append((dB[i] * scaling).to(lora_B.dtype))
+            gradients.append(_scaled(dB[i], scaling, lora_B.dtype))
         if need_bias[i]:
             gradients.append(dbias[i].to(bias.dtype))
     return [dx, *gradients] if wanted[0] else gradients

@@ -152,7 +152,7 @@ def norm(x, weight, bias, residual, eps, weight_offset, center):
     tile = launch.tile(norm_kernel, x.device, columns)
     launch.run(
         norm_kernel,
-        triton.cdiv(rows, tile["ROWS"]),
+        launch.cdiv(rows, tile["ROWS"]),
         x,
         weight,
         bias,
@@ -173,7 +173,7 @@ def norm(x, weight, bias, residual, eps, weight_offset, center):
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         CENTER=center,
-        BLOCK=triton.next_power_of_2(columns),
+        BLOCK=launch.power_of_two(columns),
         **tile,
     )
     return y, total, mean, rstd
@@ -190,8 +190,8 @@ def norm_backward(dy, dsum, x, mean, rstd, weight, bias, weight_offset, center, 
     tile = dict(launch.tile(norm_backward_kernel, x.device, columns))
     lines = max(_lines(weight), _lines(bias))
     line_rows = rows // lines
-    rows_per_program = triton.cdiv(line_rows, min(line_rows, tile.pop("PROGRAMS")))
-    chunks = triton.cdiv(line_rows, rows_per_program)
+    rows_per_program = launch.cdiv(line_rows, min(line_rows, tile.pop("PROGRAMS")))
+    chunks = launch.cdiv(line_rows, rows_per_program)
     partial = [x.new_empty((chunks * lines, columns) if w else 0, dtype=torch.float32) for _, w in wanted]
     launch.run(
         norm_backward_kernel,
@@ -218,7 +218,7 @@ def norm_backward(dy, dsum, x, mean, rstd, weight, bias, weight_offset, center, 
         CENTER=center,
         WEIGHT_GRADIENT=weight_gradient,
         BIAS_GRADIENT=bias_gradient,
-        BLOCK=triton.next_power_of_2(columns),
+        BLOCK=launch.power_of_two(columns),
         **tile,
     )
     gradients = [

@@ -52,7 +52,7 @@ def dequantize(codes, scale, levels, n, k, block_rows, block_columns, dtype):
     tile = launch.tile(dequantize_kernel, codes.device)
     launch.run(
         dequantize_kernel,
-        n * triton.cdiv(k, tile["BLOCK"]),
+        n * launch.cdiv(k, tile["BLOCK"]),
         codes,
         scale,
         _levels(tuple(levels), codes.device),

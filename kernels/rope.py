@@ -73,7 +73,7 @@ def rope(x, cos, sin, interleaved, inverse):
     rows, tile = batch * seq * heads, launch.tile(rope_kernel, x.device, dim)
     launch.run(
         rope_kernel,
-        triton.cdiv(rows, tile["ROWS"]),
+        launch.cdiv(rows, tile["ROWS"]),
         x,
         cos,
         sin,
@@ -89,8 +89,8 @@ def rope(x, cos, sin, interleaved, inverse):
         cos.stride(1),
         INTERLEAVED=interleaved,
         INVERSE=inverse,
-        PAIRS=triton.next_power_of_2(width // 2),
-        REST=triton.next_power_of_2(dim - width) if dim > width else 0,
+        PAIRS=launch.power_of_two(width // 2),
+        REST=launch.power_of_two(dim - width) if dim > width else 0,
         **tile,
     )
     return y
