@@ -39,20 +39,27 @@ FP32_ROUNDOFF = 1e-5
 NOISE = 0.02
 
 
+#: what bars compare with: the best of these variants
+BESIDE = {
+    # "torch" being the one that F.scaled_dot_product_attention takes
+    "PyTorch's best": ("torch", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex"),
+    "frozen GEMMs": ("frozen GEMMs",),
+}
+
+
 class Bar(NamedTuple):
     """What a quantity of a case's rows must reach. by: the variant whose it is; "pyfast" is the fastest of OURS.
-    beside: variants, the least of whose is what it is divided by."""
+    beside: of BESIDE, the variants the least of whose it is divided by."""
 
     quantity: str
     at_least: float | None = None
     at_most: float | None = None
     by: str = "pyfast"
-    beside: tuple[str, ...] = ()
+    beside: str | None = None
 
     def __str__(self):
         sign, bound = ("≥", self.at_least) if self.at_most is None else ("≤", self.at_most)
-        beside = f" / {' or '.join(self.beside)}" if self.beside else ""
-        return f"{self.quantity}{beside} {sign} {bound:g}"
+        return f"{self.quantity}{f' / {self.beside}' if self.beside else ''} {sign} {bound:g}"
 
     def met(self, value: float) -> bool:
         return value <= self.at_most if self.at_least is None else value >= self.at_least
@@ -204,15 +211,13 @@ def _lora(op, rows, k, widths, rank):
     )
 
 
-#: PyTorch's own attentions, "torch" being the one that F.scaled_dot_product_attention takes
-_TORCH_ATTENTION = ("torch", "sdpa flash", "sdpa cudnn", "sdpa efficient", "flex")
-_NEVER_BELOW = tuple(Bar(f"{part}_ms", at_most=1 + NOISE, beside=_TORCH_ATTENTION) for part in ("forward", "backward"))
+_NEVER_BELOW = tuple(Bar(f"{part}_ms", at_most=1 + NOISE, beside="PyTorch's best") for part in ("forward", "backward"))
 _OF_COPY = Bar("forward_of_copy", at_least=0.88), Bar("backward_of_copy", at_least=0.75)
 _TB_PER_S = Bar("forward_gb_per_s", at_least=2900), Bar("backward_gb_per_s", at_least=2900)
 
 
 def _lora_bar(ratio):
-    return (Bar("ms", at_most=ratio, beside=("frozen GEMMs",)),)
+    return (Bar("ms", at_most=ratio, beside="frozen GEMMs"),)
 
 
 #: op -> (a case of a shape, the shapes with the bars of each, and shapes timed without peers, whose compilation costs
@@ -618,8 +623,9 @@ def verdicts(case: Case, rows: list[dict]) -> list[dict]:
         row = best if bar.by == "pyfast" else by_name.get(bar.by)
         verdict = {"op": case.op, "case": case.label, "bar": str(bar), "met": False}
         found.append(verdict)
-        beside = [by_name[name][bar.quantity] for name in bar.beside if bar.quantity in by_name.get(name, {})]
-        if row is None or bar.quantity not in row or (bar.beside and not beside):
+        named = BESIDE[bar.beside] if bar.beside else ()
+        beside = [by_name[name][bar.quantity] for name in named if bar.quantity in by_name.get(name, {})]
+        if row is None or bar.quantity not in row or (named and not beside):
             reason = "nothing to compare with" if row and bar.quantity in row else (row or {}).get("not_run")
             verdict |= {"variant": bar.by, "not_measured": reason or "it has no such row"}
             continue
@@ -631,8 +637,9 @@ def verdicts(case: Case, rows: list[dict]) -> list[dict]:
             "met": bar.met(value),
             "off": round(value / bound - 1, 3),
         }
-        part = bar.quantity.removesuffix(bar.quantity.removeprefix("forward_").removeprefix("backward_"))
-        verdict |= {key: row[key] for key in (f"{part}of_gemm", f"{part}of_copy") if key in row}  # beside the limit
+        if not bar.quantity.endswith(("of_gemm", "of_copy", "_mb")):  # it stands beside the limit, then
+            part = next((part for part in ("forward_", "backward_") if bar.quantity.startswith(part)), "")
+            verdict |= {of: row[part + of] for of in ("of_gemm", "of_copy") if part + of in row}
     return found
 
 

@@ -180,7 +180,7 @@ def save(folder: Path, op: str, rows: list[dict], bars: list[dict], about: dict)
         " that of PyFast's fastest (triton, cuda or torch): above 1, PyFast wins. `peak_mb` is what a call of both"
         f" holds at most beyond its inputs, `extra_mb` that without the gradients.\n\n{json.dumps(about)}"
     )
-    found = "\n".join(f"- {_verdict(bar)}" for bar in bars)
+    found = "\n".join(f"- {bar['case']}: {_verdict(bar)}" for bar in bars)
     (folder / f"{op}.md").write_text(f"# {op}\n\n{head}\n\n{text}\n" + (f"\n{found}\n" if bars else ""))
 
 
@@ -202,15 +202,25 @@ def _line(rows: list[dict]) -> str:
 
 
 def _verdict(bar: dict) -> str:
-    head = f"{'met' if bar['met'] else 'MISSED'}: {bar['op']} {bar['case']}: {bar['bar']}: {bar['variant']}"
+    head = f"{'met' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['variant']}"
     if "value" not in bar:
         return f"{head} was not measured: {bar['not_measured']}"
-    limits = "".join(f", {key} {bar[key]}" for key in bar if key.endswith(("of_gemm", "of_copy")))
-    text = f"{head} {bar['value']:g} ({100 * bar['off']:+.0f} %{limits})"
-    profile = bar.get("profile", [])
-    if isinstance(profile, str):
-        return f"{text}; no profile: {profile}"
-    return text + "".join(f"; {one['launches']:g} × {one['kernel'][:40]} {one['us']:g} µs" for one in profile[:2])
+    limits = "".join(f", {bar[of]} {of.replace('_', ' ')}" for of in ("of_gemm", "of_copy") if of in bar)
+    return f"{head} {bar['value']:g} ({100 * bar['off']:+.0f} %{limits})"
+
+
+def _kernels(bars: list[dict]) -> str:
+    """What the variants that missed bars of a case spend their time on."""
+    found = {}
+    for bar in bars:
+        profile = bar.get("profile")
+        if isinstance(profile, str):
+            found[bar["variant"]] = f"no profile: {profile}"
+        elif profile:
+            found[bar["variant"]] = ", ".join(
+                f"{k['launches']:g} × {k['kernel'][:40]} {k['us']:g} µs" for k in profile[:2]
+            )
+    return "".join(f"; {variant} runs {kernels}" for variant, kernels in found.items())
 
 
 def _summarise(rows: list[dict], bars: list[dict]) -> None:
@@ -226,8 +236,11 @@ def _summarise(rows: list[dict], bars: list[dict]) -> None:
         found = ((case, as_called(of_op, case)) for case in _cases(of_op))
         told = (f"{case}: {' < '.join(f'{name} {ms:.3g}' for name, ms in ms_of.items())}" for case, ms_of in found)
         print(f"fastest of {op}, ms: {'; '.join(told)}")
-    for bar in sorted(bars, key=lambda bar: not bar["met"]):
-        print(_verdict(bar), flush=True)
+    by_case: dict[tuple, list[dict]] = {}
+    for bar in bars:
+        by_case.setdefault((bar["op"], bar["case"]), []).append(bar)
+    for (op, case), found in sorted(by_case.items(), key=lambda item: not all(bar["met"] for bar in item[1])):
+        print(f"{op} {case}: {'; '.join(map(_verdict, found))}{_kernels(found)}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -220,22 +220,23 @@ def rows_of(**milliseconds):
         (cuda.Bar("forward_of_copy", at_least=0.8), {"torch": 2.0, "triton": 1.25}, "triton", 0.8, True),
         (cuda.Bar("forward_of_copy", at_least=0.81), {"torch": 2.0, "triton": 1.25}, "triton", 0.8, False),
         (cuda.Bar("forward_of_copy", at_least=0.8, by="cuda"), {"torch": 1.0, "cuda": 2.0}, "cuda", 0.5, False),
-        (cuda.Bar("ms", at_most=1.1, beside=("two", "one")), {"torch": 2.1, "one": 2.0, "two": 5}, "torch", 1.05, True),
-        (cuda.Bar("ms", at_most=1.0, beside=("two", "one")), {"torch": 2.1, "one": 2.0}, "torch", 1.05, False),
+        (cuda.Bar("ms", at_most=1.1, beside="others"), {"torch": 2.1, "one": 2.0, "two": 5}, "torch", 1.05, True),
+        (cuda.Bar("ms", at_most=1.0, beside="others"), {"torch": 2.1, "one": 2.0}, "torch", 1.05, False),
     ],
 )
-def test_bars(bar, milliseconds, variant, value, met):
+def test_bars(bar, milliseconds, variant, value, met, monkeypatch):
+    monkeypatch.setitem(cuda.BESIDE, "others", ("two", "one"))
     case = cuda.Case("op", "case", tuple, None, bars=(bar,))
     (verdict,) = cuda.verdicts(case, rows_of(**milliseconds))
     assert (verdict["variant"], verdict["value"], verdict["met"]) == (variant, value, met)
     bound = bar.at_least or bar.at_most
     assert verdict["off"] == pytest.approx(value / bound - 1, abs=1e-3)
     line = gpu._verdict(verdict)
-    assert line.startswith("met: " if met else "MISSED: ") and f"{bound:g}" in line
+    assert line.startswith("met " if met else "MISSED ") and f"{bound:g}" in line
 
 
 def test_bars_without_figures_are_missed():
-    bars = (cuda.Bar("ms", at_most=1, by="cuda"), cuda.Bar("ms", at_most=1, beside=("one",)))
+    bars = (cuda.Bar("ms", at_most=1, by="cuda"), cuda.Bar("ms", at_most=1, beside="frozen GEMMs"))
     case = cuda.Case("op", "case", tuple, None, bars=bars)
     found = cuda.verdicts(case, [*rows_of(torch=1.0), {"variant": "cuda", "not_run": "no nvcc"}])
     assert [(v["met"], v["not_measured"]) for v in found] == [(False, "no nvcc"), (False, "nothing to compare with")]
@@ -248,7 +249,7 @@ def test_a_profile_that_fails_is_a_reason(monkeypatch):
     verdict = {"op": "rms_norm", "case": "c", "bar": "b", "variant": "torch", "met": False, "value": 1.0, "off": -0.1}
     monkeypatch.setattr(Cpu, "profile", lambda *_: 1 / 0)
     cuda.profiles(case, [verdict], Cpu(), lambda variant: None)
-    assert gpu._verdict(verdict).endswith("no profile: ZeroDivisionError: division by zero")
+    assert gpu._kernels([verdict]) == "; torch runs no profile: ZeroDivisionError: division by zero"
 
 
 # ---- what is read off a GPU
@@ -411,7 +412,7 @@ def test_a_whole_run(monkeypatch, tmp_path, capfd):
     assert "swiglu 20 × 64: torch 0.5+0.5 | compile 0.5+0.5" in printed
     assert "not run: liger (swiglu): " in printed or "liger 0.5+0.5" in printed
     assert "fastest of swiglu, ms: 20 × 64: torch 1.5" in printed
-    assert "MISSED: swiglu 20 × 64: forward_of_copy ≥ 9: torch" in printed
+    assert "swiglu 20 × 64: MISSED forward_of_copy ≥ 9: torch 0.002 (-100 %); torch runs 1 × aten::" in printed
 
 
 #: a process that ends or hangs at the first variant that it is not told to skip
