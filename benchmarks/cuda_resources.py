@@ -21,9 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "cuda"
 FIELDS = ["kernel", "registers", "stack_bytes", "local_instructions", "shared_bytes", "tensor_core", "async_copies"]
+FIELDS += ["wgmma_groups", "given", "taken"]  # on sm_90a; a producer's registers by setmaxnreg, and a consumer's
 #: instruction mnemonics in SASS
 LOCAL, TENSOR_CORE, ASYNC_COPY = r"\b(?:LDL|STL)\b", r"\bHMMA\b", r"\bLDGSTS\b"
 WGMMA, TMA = r"\bHGMMA\b", r"\bUTMALDG\b"  # what kernels for sm_90a must contain instead
+WGMMA_GROUP = r"\bHGMMA\b.*\bgsb0\b"  # the last wgmma before it is committed
+SETMAXNREG = r"\bUSETMAXREG\.(DEALLOC|TRY_ALLOC)\.\S+ (?:UP\d, )?(0x[0-9a-f]+)"
 BUDGETS = """
 #include <cstdio>
 #include "cuda/attention90_backward.cuh"
@@ -125,13 +128,18 @@ def tables(library: Path) -> dict[str, list[dict]]:
             local, multiply, copy = (len(re.findall(p, body)) for p in (LOCAL, *needed))
             shared = next((size for key, size in budgets.items() if re.match(re.escape(key) + "[,>]", name)), "")
             values = (name, int(registers), int(stack), local, shared, multiply, copy)
+            if "90_kernel" in name:
+                limits = {action: int(count, 16) for action, count in re.findall(SETMAXNREG, body)}
+                values += (len(re.findall(WGMMA_GROUP, body)), limits.get("DEALLOC", ""), limits.get("TRY_ALLOC", ""))
+            values += ("",) * (len(FIELDS) - len(values))
             rows.setdefault(architecture, []).append(dict(zip(FIELDS, values, strict=True)))
         rows[architecture].sort(key=lambda row: row["kernel"])
     return rows
 
 
 def faults(rows: list[dict]) -> list[str]:
-    """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit products."""
+    """What breaks a rule: no spills; tensor cores and asynchronous copies in 16-bit products; on sm_90a several wgmma
+    in flight, and no more registers taken than there are, for which a kernel would wait without end."""
     found = []
     for row in rows:
         copies = re.match(r"(?:attention\w*|gemm|gemm90|logits|logits90|lora|lora90)_kernel", row["kernel"])
@@ -142,6 +150,15 @@ def faults(rows: list[dict]) -> list[str]:
             found.append(f"{row['kernel']}: no asynchronous copies")
         if multiplies and "<float" not in row["kernel"] and not row["tensor_core"]:
             found.append(f"{row['kernel']}: no tensor-core instructions")
+        if "90_kernel" not in row["kernel"]:
+            continue
+        if 2 * row["wgmma_groups"] > row["tensor_core"]:  # as nvcc's remarks C7510 and C7515 say
+            found.append(f"{row['kernel']}: its wgmma are serialized")
+        groups = (64 << 10) // (128 * row["registers"])  # of warps; one gives, the others take
+        if not row["given"] or not row["taken"]:
+            found.append(f"{row['kernel']}: setmaxnreg was ignored")
+        elif row["given"] + (groups - 1) * row["taken"] > groups * row["registers"]:
+            found.append(f"{row['kernel']}: setmaxnreg asks for more registers than the block has")
     return found
 
 

@@ -48,6 +48,9 @@ class Kernels:
     def register_product(self, a, b, out, bug=0):
         return self._call("run_register_product", [a, b], out, a.dtype == torch.bfloat16, b.shape[1], bug)
 
+    def chain(self, a, b, v, out, rows, bug=0):
+        return self._call("run_chain", [a, b, v], out, a.dtype == torch.bfloat16, rows, bug)
+
     def box(self, x, out):
         return self._call("run_box", [x], out, x.shape[-1])
 
@@ -138,6 +141,38 @@ def vectors(kernels, **options):
     return kernels.run("vectors", x, poisoned(512), 64, blocks=2, **options), x
 
 
+def conversions(kernels, **options):
+    """Ties, overflow, denormals, NaN; powers of two within 2^-22; shared memory begins at a multiple of 1024."""
+    x = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1.0,
+            0.1,
+            1 + 2**-8,
+            1 + 3 * 2**-8,
+            1 + 2**-11,
+            1 + 3 * 2**-11,
+            65519.0,
+            65520.0,
+            -1e6,
+            3.4e38,
+            1e-7,
+        ]
+        + [1e-7, 6e-8, -3e-8, 127.5, -125.5, 3.3, -17.25, torch.inf, -torch.inf, torch.nan]
+        + torch.linspace(-9, 9, 42).tolist()
+    )
+    n = len(x)
+    out = kernels.run("conversions", x, poisoned(5 * n + 1), n, shared=1024, **options)
+    rounded, powers, begin = out[: 4 * n].view(4, n), out[4 * n : 5 * n].double(), out[5 * n :]
+    exact = x.double().exp2()
+    right = (powers == exact) | ((powers - exact).abs() <= exact * 2**-22) | (powers.isnan() & exact.isnan())
+    right |= (exact < 2.0**-126) & (powers <= 2.0**-126) | (exact > 3.4e38) & powers.isinf()
+    expected = torch.stack([x.bfloat16().float(), x.half().float()]).repeat(2, 1)
+    parts = [t.nan_to_num(12345.0, torch.inf, -torch.inf).view(-1) for t in (rounded, expected)]
+    return torch.cat([parts[0], right.float(), begin]), torch.cat([parts[1], torch.ones(n), torch.zeros(1)])
+
+
 def cluster_sum(kernels, **options):
     x = integers(8)
     out = kernels.run("cluster_sum", x, poisoned(8), 32, blocks=8, n=4, shared=32, cluster=4, **options)
@@ -186,6 +221,17 @@ def register_product_narrow(kernels, **options):
     return register_product(kernels, torch.float16, 64, **options)
 
 
+def chain(kernels, dtype=torch.bfloat16, rows=101, **options):
+    """Two products in flight, one the other's operand; zeros over what TMA brought; registers given and taken."""
+    a, b, v = integers(128, 64, below=2), integers(128, 64, below=2), integers(128, 128)
+    out = kernels.chain(a.to(dtype), b.to(dtype), v.to(dtype), poisoned(128, 128), rows, **options)
+    return out, (a @ b[:rows].T) @ v[:rows]
+
+
+def chain_fp16(kernels, **options):
+    return chain(kernels, torch.float16, **options)
+
+
 def box(kernels, **options):
     """A tile of 4 dimensions that reaches over the tensor's end in two of them."""
     x = torch.randn(3, 5, 9, 40).half()
@@ -195,8 +241,9 @@ def box(kernels, **options):
 
 SM_80 = (
     reverse, reverse_pairs, warp_sum, turns, warp_scan, atomic_sum, pipeline, matmul_bf16, matmul_fp16, transpose,
-    vectors,
+    vectors, conversions,
 )  # fmt: skip
 SM_90A = (
-    cluster_sum, product, product_fp16, product_deep, pair, pair_deep, register_product, register_product_narrow, box,
+    cluster_sum, product, product_fp16, product_deep, pair, pair_deep, register_product, register_product_narrow,
+    chain, chain_fp16, box,
 )  # fmt: skip

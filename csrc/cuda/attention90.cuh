@@ -244,7 +244,8 @@ __global__ void __launch_bounds__(Attention90<T, kDim>::kThreads, 1)
 // Whether the kernels for sm_90a can compute what is asked for. They mask raw products, so that the scale is positive.
 inline bool attention90_serves(const Attention& a, Pass pass) {
   const auto boxes_serve = [&](const Heads& x, int64_t heads, int64_t rows) {
-    return x.aligned && (a.batch == 1 || x.batch > 0) && (heads == 1 || x.head > 0) && (rows == 1 || x.row > 0);
+    const auto apart = [&](int64_t size, int64_t stride) { return size == 1 || stride >= a.dim; };
+    return x.aligned && apart(a.batch, x.batch) && apart(heads, x.head) && apart(rows, x.row);
   };
   return a.dtype != DType::fp32 && a.dim <= 128 && a.scale > 1e-30f && a.softcap == 0.f && !a.mask && !a.bias &&
          !a.seed && a.batch > 0 && a.sq > 0 && a.sk > 0 && boxes_serve(a.q, a.heads, a.sq) &&
@@ -254,7 +255,8 @@ inline bool attention90_serves(const Attention& a, Pass pass) {
 
 template <class T>
 int make_boxes(TensorMap& map, const Attention& a, const Heads& x, int64_t heads, int64_t rows, int box_rows) {
-  const auto pitch = [](int64_t size, int64_t stride) { return size == 1 ? 16 : stride * 2; };
+  // a dimension of one element may have any stride: the driver gets one that suits it
+  const auto pitch = [&](int64_t size, int64_t stride) { return size == 1 ? int64_t(a.dim + 7) / 8 * 16 : stride * 2; };
   return make_tensor_map<4>(map, a.dtype, x.data, {a.dim, rows, heads, a.batch},
                             {2, pitch(rows, x.row), pitch(heads, x.head), pitch(a.batch, x.batch)},
                             {64, box_rows, 1, 1});

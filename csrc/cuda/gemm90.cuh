@@ -89,6 +89,7 @@ struct Gemm90 {
       const unsigned char* const a = shared + stage * kStageBytes + warp_row / 128 * 128 * 128;
       const unsigned char* const b = shared + stage * kStageBytes + kABytes;
       mbarrier_wait(full(shared) + stage, step / kStages % 2);
+      if (step == 0) hold(reinterpret_cast<float (&)[kRows * 64]>(sums));
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k)
@@ -109,6 +110,7 @@ struct Gemm90 {
       }
     }
     wgmma_wait<0>();
+    hold(reinterpret_cast<float (&)[kRows * 64]>(sums));
   }
 
  private:
@@ -138,10 +140,12 @@ int make_boxes(Boxes& boxes, const Product& p) {
   }
   return 0;
 }
-// Whether TMA can copy what a product reads
+// Whether TMA can copy an operand whose rows have so many elements: they may not overlap
+inline bool box_serves(const Operand& x, int64_t columns) { return x.vectors && !x.index && x.row_stride >= columns; }
+// Whether it can copy what a product reads, b's rows being depths
 inline bool boxes_serve(const Product& p) {
   for (const Term& t : p.terms)
-    if (t.depth && !(t.a.vectors && !t.a.index && t.b.vectors && !t.b.index)) return false;
+    if (t.depth && !(box_serves(t.a, t.depth) && box_serves(t.b, p.n))) return false;
   return p.terms[0].depth > 0;
 }
 

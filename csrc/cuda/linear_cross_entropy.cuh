@@ -57,9 +57,11 @@ struct HeadLaunch {
     Device device;
     if (int e = get_device(device)) return e;
     l = HeadLaunch{a, 0, 0, 0, 0, 0, 0, 0, 1, false};
-    const auto serves = [](const Matrix& m) { return Operand(static_cast<const T*>(m.data), m.row, m.column).vectors; };
-    l.hopper = sizeof(T) == 2 && device.architecture == 90 && a.features > 0 && serves(a.weight) &&
-               (a.rank == 0 || serves(a.lora_B));
+    const auto serves = [](const Matrix& m, int64_t columns) {
+      return box_serves(Operand(static_cast<const T*>(m.data), m.row, m.column), columns);
+    };
+    l.hopper = sizeof(T) == 2 && device.architecture == 90 && a.features > 0 && serves(a.weight, a.features) &&
+               (a.rank == 0 || serves(a.lora_B, a.rank));
     l.class_tile = l.hopper ? G90::kPart : G::kPart;
     l.tiles = (a.classes + l.class_tile - 1) / l.class_tile;
     l.ld = (a.classes + 7) / 8 * 8, l.ld_h = (a.rank + 7) / 8 * 8, l.ld_x = (a.features + 7) / 8 * 8;

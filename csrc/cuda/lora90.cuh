@@ -194,6 +194,7 @@ struct Lora90 {
       ++step;
     }
     wgmma_wait<0>();
+    hold(sums);
 #pragma unroll 1
     while (read < step) release(read++);
   }

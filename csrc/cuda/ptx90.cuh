@@ -7,6 +7,8 @@
 #include "emulator/hopper.h"
 #else
 #include <cuda.h>
+
+#include <cstdio>
 #endif
 
 namespace pyfast::cuda {
@@ -35,6 +37,7 @@ int make_tensor_map(TensorMap& map, DType type, const void* base, const int64_t 
   cudaDriverEntryPointQueryResult found;
   if (int e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found))
     return e;
+  if (!encode) return cudaErrorSymbolNotFound;
   cuuint64_t n[kRank], pitch[kRank];
   cuuint32_t boxes[kRank], steps[kRank];
   for (int i = 0; i < kRank; ++i) n[i] = sizes[i], pitch[i] = strides[i], boxes[i] = box[i], steps[i] = 1;
@@ -56,7 +59,9 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
 }
 // After the inits, before TMA or other blocks use the barriers
 __device__ __forceinline__ void fence_mbarrier_init() {
-#if !defined(PYFAST_EMULATOR)
+#if defined(PYFAST_EMULATOR)
+  simt::fence_mbarrier_init();
+#else
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -89,10 +94,25 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int by
                : "memory");
 #endif
 }
-// Until the phase of this parity has ended: the first has parity 0
+// Until the phase of this parity has ended: the first has parity 0. A build with -DPYFAST_WATCHDOG, for debugging, says
+// who waits for longer than some seconds, and ends the kernel.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
 #if defined(PYFAST_EMULATOR)
   simt::mbarrier_wait(barrier, parity);
+#elif defined(PYFAST_WATCHDOG)
+  const long long begin = clock64();
+  for (uint32_t done = 0; !done;) {
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    if (done || clock64() - begin < 4'000'000'000) continue;
+    printf("block %d, thread %d: no end of the mbarrier's phase at shared address %u, parity %d: %llx\n",
+           int(blockIdx.x), int(threadIdx.x), shared_address(barrier), parity,
+           *reinterpret_cast<unsigned long long*>(barrier));
+    __trap();
+  }
 #else
   asm volatile(
       "{\n.reg .pred done;\nAGAIN%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -190,13 +210,17 @@ __device__ __forceinline__ void wait_stores() {
 
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
-#if !defined(PYFAST_EMULATOR)
+#if defined(PYFAST_EMULATOR)
+  simt::set_registers(kCount, true);
+#else
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
 }
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
-#if !defined(PYFAST_EMULATOR)
+#if defined(PYFAST_EMULATOR)
+  simt::set_registers(kCount, false);
+#else
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
 }
@@ -215,7 +239,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, int nex
 }
 // Before the first product, and after registers of a product were written
 __device__ __forceinline__ void wgmma_fence() {
-#if !defined(PYFAST_EMULATOR)
+#if defined(PYFAST_EMULATOR)
+  simt::fence_registers();
+#else
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }

@@ -55,15 +55,23 @@ void for_box(const TensorMap& m, const int (&begin)[4], uint64_t place, F f) {
 
 int box_bytes(const TensorMap& m) { return m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.element_bytes; }
 
-void copy_tile(const TensorMap& m, const int (&begin)[4], uint8_t* to, uint8_t* shared, State& s) {
-  for_box(m, begin, to - shared, [&](const uint8_t* from, uint64_t place) {
-    if (from)
-      memcpy(shared + place, from, m.element_bytes);
-    else
-      memset(shared + place, 0, m.element_bytes);
+void copy_tile(const TensorMap& m, const int (&begin)[4], uint64_t to, uint8_t* shared, uint8_t* async, State& s) {
+  for_box(m, begin, to, [&](const uint8_t* from, uint64_t place) {
+    for (uint8_t* memory : {shared, async})
+      if (from)
+        memcpy(memory + place, from, m.element_bytes);
+      else
+        memset(memory + place, 0, m.element_bytes);
   });
   s.bytes -= box_bytes(m);
   end_if_complete(s);
+}
+
+// Shared memory as TMA and wgmma read it
+void read_async(void* to, const Block& b, uint64_t place, int bytes, const char* what) {
+  memcpy(to, b.async + place, bytes);
+  if (memcmp(to, b.shared + place, bytes))
+    fail(std::string(what) + " reads what was written without fence.proxy.async, or while it reads");
 }
 
 using Groups = std::vector<std::vector<std::function<void()>>>;  // the last one is open
@@ -81,7 +89,9 @@ void mbarrier_init(uint64_t* barrier, int arrivals) {
   if (arrivals < 1 || arrivals > 1024) fail("mbarrier.init for " + std::to_string(arrivals) + " arrivals");
   const State s{uint16_t(arrivals), uint16_t(arrivals), 0, 0};
   memcpy(barrier, &s, 8);
+  current->barriers_unfenced = true;
 }
+void fence_mbarrier_init() { current->barriers_unfenced = false; }
 
 void mbarrier_arrive(uint64_t* barrier, int bytes) { arrive(*state_of(barrier, "mbarrier.arrive"), bytes); }
 void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
@@ -112,8 +122,11 @@ int encode_tensor_map(TensorMap& m) {
   m.strides[0] = m.element_bytes;
   if (reinterpret_cast<uintptr_t>(m.base) % 16 || m.box[0] * m.element_bytes % 16) return 1;
   if (m.swizzled && m.box[0] * m.element_bytes > 128) return 1;
-  for (int i = 0; i < m.rank; ++i)
-    if (m.box[i] < 1 || m.box[i] > 256 || m.sizes[i] < 1 || (i && m.strides[i] % 16)) return 1;
+  for (int i = 0; i < m.rank; ++i) {
+    if (m.box[i] < 1 || m.box[i] > 256 || m.sizes[i] < 1 || m.sizes[i] > int64_t(1) << 32) return 1;
+    // no stride shorter than the rows of dimension 0: the documents say how strides come about, not what is refused
+    if (i && (m.strides[i] % 16 || m.strides[i] < m.sizes[0] * m.element_bytes || m.strides[i] >> 40)) return 1;
+  }
   return 0;
 }
 
@@ -121,6 +134,7 @@ void tma_load(void* to, const TensorMap* map, uint64_t* barrier, const int (&at)
   const int bytes = box_bytes(*map);
   check_shared(to, bytes, map->swizzled ? 1024 : 128, "TMA");
   state_of(barrier, "TMA");
+  if (current->barriers_unfenced) fail("mbarriers were initialised, and no fence.mbarrier_init followed");
   const Block& own = *current->block;
   if (blocks >> own.cluster_size) fail("TMA to a block that the cluster does not have");
   for (int rank = 0; rank < own.cluster_size; ++rank) {
@@ -129,45 +143,62 @@ void tma_load(void* to, const TensorMap* map, uint64_t* barrier, const int (&at)
     auto* const there = static_cast<uint8_t*>(map_shared(to, rank));
     auto* const state = static_cast<State*>(map_shared(barrier, rank));
     // the map by value: it is a kernel's argument, and this copy of it may be gone when the tile arrives
-    auto finish = [m = *map, begin = std::array{at[0], at[1], at[2], at[3]}, there, shared = other.shared, state] {
-      copy_tile(m, {begin[0], begin[1], begin[2], begin[3]}, there, shared, *state);
-    };
+    auto finish = [m = *map, begin = std::array{at[0], at[1], at[2], at[3]}, place = uint64_t(there - other.shared),
+                   shared = other.shared, async = other.async,
+                   state] { copy_tile(m, {begin[0], begin[1], begin[2], begin[3]}, place, shared, async, *state); };
     if (!options().lazy) {
       finish();
       continue;
     }
     memset(there, 0xFF, bytes);  // in flight: what is there is garbage
+    memset(other.async + (there - other.shared), 0xFF, bytes);
     other.transfers.push_back({state, finish});
   }
 }
 
-void fence_async() { current->fenced = true; }
+void fence_async() { memcpy(current->block->async, current->block->shared, current->block->shared_bytes); }
 void tma_store(const TensorMap* map, const void* from, const int (&at)[4]) {
   check_shared(from, box_bytes(*map), map->swizzled ? 1024 : 128, "TMA");
-  if (!current->fenced) fail("a TMA store of what was written without fence.proxy.async");
   auto store = [m = *map, begin = std::array{at[0], at[1], at[2], at[3]}, from = static_cast<const uint8_t*>(from),
-                shared = current->block->shared] {
-    for_box(m, {begin[0], begin[1], begin[2], begin[3]}, from - shared, [&](const uint8_t* to, uint64_t place) {
-      if (to) memcpy(const_cast<uint8_t*>(to), shared + place, m.element_bytes);
+                &block = *current->block] {
+    for_box(m, {begin[0], begin[1], begin[2], begin[3]}, from - block.shared, [&](const uint8_t* to, uint64_t place) {
+      if (to) read_async(const_cast<uint8_t*>(to), block, place, m.element_bytes, "a TMA store");
     });
   };
   if (!options().lazy) return store();
   current->stores.back().push_back(store);
 }
-void commit_stores() {
-  current->fenced = false;
-  current->stores.emplace_back();
-}
+void commit_stores() { current->stores.emplace_back(); }
 void wait_stores(int left) { wait_groups(current->stores, left); }
 
+void set_registers(int count, bool more) {
+  if (count % 8 || count < 24 || count > 256) fail("setmaxnreg to " + std::to_string(count) + " registers");
+  int& spare = current->block->spare_registers;
+  meet(
+      ~0u, nullptr, nullptr,
+      [&](Warp& w) {
+        if (more ? count < w.registers : count > w.registers)
+          fail("setmaxnreg from " + std::to_string(w.registers) + " to " + std::to_string(count) + " registers");
+        spare += 32 * (w.registers - count);
+        w.registers = count;
+      },
+      "setmaxnreg");
+  if (more) wait_until([&] { return spare >= 0; }, "setmaxnreg");
+}
+
+void fence_registers() { current->registers_fenced = true; }
 void defer(std::function<void()> work) {
+  if (!current->registers_fenced) fail("wgmma without wgmma.fence since registers were last free to be written");
   if (options().lazy)
     current->deferred.back().push_back(std::move(work));
   else
     work();
 }
 void commit_deferred() { current->deferred.emplace_back(); }
-void wait_deferred(int left) { wait_groups(current->deferred, left); }
+void wait_deferred(int left) {
+  wait_groups(current->deferred, left);
+  current->registers_fenced = false;
+}
 
 void descriptor_row(uint64_t descriptor, int row, bool deep, uint16_t (&elements)[16]) {
   if (descriptor >> 62 != 1) fail("wgmma: only operands with 128-byte swizzle are emulated");
@@ -178,9 +209,8 @@ void descriptor_row(uint64_t descriptor, int row, bool deep, uint16_t (&elements
     uint64_t at = start + (deep ? row / 64 * next + k / 8 * group + k % 8 * 128 + row % 64 * 2
                                 : row / 8 * group + row % 8 * 128 + k * 2);
     at ^= (at >> 7 & 7) << 4;
-    const uint8_t* p = current->block->shared + at;
-    check_shared(p, 2 * each, 2 * each, "a wgmma operand");
-    memcpy(elements + k, p, 2 * each);
+    check_shared(current->block->shared + at, 2 * each, 2 * each, "a wgmma operand");
+    read_async(elements + k, *current->block, at, 2 * each, "wgmma");
   }
 }
 

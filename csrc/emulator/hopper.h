@@ -7,6 +7,7 @@ namespace simt {
 
 // ---- mbarrier: 8 bytes of shared memory. A phase ends when all arrivals and all bytes that they announced have come.
 void mbarrier_init(uint64_t* barrier, int arrivals);
+void fence_mbarrier_init();  // by the thread that initialised them, before it meets others or asks for a tile
 void mbarrier_arrive(uint64_t* barrier, int bytes);         // and announces so many bytes
 void mbarrier_arrive_cluster(uint64_t* barrier, int rank);  // at that block's barrier in the same place
 void mbarrier_wait(uint64_t* barrier, int parity);          // until the phase of this parity has ended
@@ -25,15 +26,21 @@ int encode_tensor_map(TensorMap& map);
 // place in each block of the cluster whose bit is set, and to its barrier.
 void tma_load(void* to, const TensorMap* map, uint64_t* barrier, const int (&at)[4], uint16_t blocks = 0);
 
-// A box of shared memory to the tensor, without what lies outside of it, in the calling thread's open group; in the
-// lazy mode it is read when it is waited for. A thread may not ask for it before it has fenced: of the threads that
-// wrote there, it stands for all.
+// What was written to shared memory so far, other than by TMA, is seen by TMA and wgmma from here on. (Of the writing
+// threads, one stands for all.)
 void fence_async();
+// A box of shared memory to the tensor, without what lies outside of it, in the calling thread's open group; in the
+// lazy mode it is read when it is waited for.
 void tma_store(const TensorMap* map, const void* from, const int (&at)[4]);
 void commit_stores();
 void wait_stores(int left);
 
-// ---- asynchronous work of one thread, in groups
+// ---- setmaxnreg: the block began with as many registers as there are for its threads, in eights; `more` waits until
+// others have given back so many
+void set_registers(int count, bool more);
+
+// ---- wgmma: asynchronous work of one thread, in groups. It must have fenced its registers since it last waited.
+void fence_registers();
 void defer(std::function<void()> work);
 void commit_deferred();
 void wait_deferred(int left);

@@ -117,6 +117,14 @@ int live_in_cluster() {
   return live;
 }
 
+// What must hold when a block's last thread exits
+void check_end(const Block& b) {
+  if (!b.transfers.empty()) fail("a block exits before a tile that TMA brings has come");
+  for (size_t w = 0; w + 1 < b.warps.size(); ++w)
+    if (w % 4 < 3 && b.warps[w].registers != b.warps[w + 1].registers)
+      fail("setmaxnreg by some of a warp group's warps");
+}
+
 void fiber_main() {
   ASAN(__sanitizer_finish_switch_fiber(nullptr, &scheduler.own_stack, &scheduler.own_size);)
   Fiber& self = *current;
@@ -124,6 +132,7 @@ void fiber_main() {
     (*scheduler.body)();
     for (const auto& group : self.stores)
       if (!group.empty()) fail("a thread exits before shared memory that it stores has been read");
+    if (self.block->live == 1) check_end(*self.block);
   } catch (const Failure& failure) {
     scheduler.failed = true;
     scheduler.failure = failure.message;
@@ -160,6 +169,12 @@ void prepare(const Launch& l, Block& b, int rank, size_t number) {
   // exactly as large as asked for, so that AddressSanitizer sees what lies beyond; NaN, so that an unwritten read shows
   if (posix_memalign(reinterpret_cast<void**>(&b.shared), 1024, std::max<size_t>(l.shared_bytes, 1))) abort();
   memset(b.shared, 0xFF, l.shared_bytes);
+  if (options().architecture >= 90) {
+    if (posix_memalign(reinterpret_cast<void**>(&b.async), 1024, std::max<size_t>(l.shared_bytes, 1))) abort();
+    memset(b.async, 0xFF, l.shared_bytes);
+  }
+  // what ptxas gives a kernel of one block to a processor, in eights
+  for (Warp& w : b.warps) w.registers = std::min(255, (64 << 10) / (int(b.warps.size()) * 32) / 8 * 8);
   while (scheduler.fibers.size() < size_t(threads) * l.cluster) {
     auto f = std::make_unique<Fiber>();
     f->stack = static_cast<char*>(
@@ -237,7 +252,7 @@ void run_cluster(const Launch& l, size_t number, const std::function<void()>& bo
       scheduler.failure = deadlock(all);
     }
   }
-  for (Block& b : scheduler.blocks) free(b.shared);
+  for (Block& b : scheduler.blocks) free(b.shared), free(b.async);
   launched = nullptr;
 }
 
@@ -282,6 +297,7 @@ Barrier& barrier_of(int id) {
 }  // namespace
 
 void barrier_arrive(int id, int threads) {
+  if (current->barriers_unfenced) fail("mbarriers were initialised, and no fence.mbarrier_init followed");
   if (threads % 32) fail("a barrier of " + std::to_string(threads) + " threads, which is no number of warps");
   Barrier& b = barrier_of(id);
   if (b.arrived && b.expected != threads) fail("threads meet at a barrier with different numbers of threads");
@@ -298,6 +314,7 @@ void barrier(int id, int threads) {
 }
 
 void cluster_barrier() {
+  if (current->barriers_unfenced) fail("mbarriers were initialised, and no fence.mbarrier_init followed");
   Barrier& b = scheduler.cluster_barrier;
   ++b.arrived;
   const uint64_t before = b.phase;

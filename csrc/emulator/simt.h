@@ -53,6 +53,7 @@ struct Warp {
   const void* in[32];
   void* out[32];
   uint32_t alive = 0;
+  int registers = 0;  // of a thread
   std::vector<Meeting> meetings;
 };
 struct Barrier {
@@ -76,7 +77,8 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;                     // cp.async groups, the last one open
   std::vector<std::vector<std::function<void()>>> deferred;  // wgmma groups, likewise
   std::vector<std::vector<std::function<void()>>> stores;    // TMA's, likewise
-  bool fenced = false;                                       // since its last group of stores, for the async proxy
+  bool registers_fenced = false;                             // for wgmma, since it last waited for products
+  bool barriers_unfenced = false;                            // it has initialised mbarriers that others may not see yet
 };
 
 struct Block {
@@ -86,8 +88,10 @@ struct Block {
   Barrier barriers[16];
   Barrier* cluster_barrier = nullptr;
   uint8_t* shared = nullptr;
+  uint8_t* async = nullptr;  // what TMA and wgmma see of it: what was written there reaches them by fence.proxy.async
   size_t shared_bytes = 0;
   int live = 0, rank = 0;
+  int spare_registers = 0;   // given back by warps, or, below 0, still to be given to them
   Block* cluster = nullptr;  // the first of the cluster's blocks
   int cluster_size = 1;
   std::vector<Transfer> transfers;

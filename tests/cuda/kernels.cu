@@ -173,6 +173,25 @@ __global__ void vectors(const Call c) {
   store_global(c.out + 4 * i + (c.bug == 2 && i == 3), v);
 }
 
+// Each element rounded to both 16-bit types, alone and packed with the next, and two to its power; out[5 n] = where
+// shared memory begins, modulo what its swizzle asks for
+__global__ void conversions(const Call c) {
+  PYFAST_SHARED(shared);
+  const int i = threadIdx.x;
+  const float x = c.in[i], next = c.in[(i + 1) % c.n];
+  const uint32_t pairs[2] = {pack<bf16>(next, x), pack<fp16>(next, x)};
+  c.out[i] = to_float(from_float<bf16>(x));
+  c.out[c.n + i] = to_float(from_float<fp16>(x));
+  c.out[2 * c.n + i] = to_float(bf16{uint16_t(pairs[0] >> 16)});
+  c.out[3 * c.n + i] = to_float(fp16{uint16_t(pairs[1] >> 16)});
+  c.out[4 * c.n + i] = exp2_approx(x);
+#if defined(PYFAST_EMULATOR)
+  if (i == 0) c.out[5 * c.n] = float(reinterpret_cast<uintptr_t>(shared) % 1024);
+#else
+  if (i == 0) c.out[5 * c.n] = float(shared_address(shared) % 1024);
+#endif
+}
+
 // out[block] = the sum of in over the blocks of its cluster
 __global__ void cluster_sum(const Call c) {
 #if defined(PYFAST_CLUSTERS)
@@ -193,6 +212,16 @@ __global__ void cluster_sum(const Call c) {
 #endif
 }
 
+// The planted error: in the emulator alone where a kernel has wgmma, which ptxas would serialize at such branches
+template <class Arguments>
+__device__ __forceinline__ int planted(const Arguments& c) {
+#if defined(PYFAST_EMULATOR)
+  return c.bug;
+#else
+  return 0;
+#endif
+}
+
 // out (64 x 128) = a b^T with a (64 x depth) and b (128 x depth) 16-bit, or, where b's rows in memory are depths, a b
 // with b (depth x 128): a warp of producers fills a ring of two stages by TMA, a warp group multiplies
 struct Product {
@@ -205,14 +234,15 @@ template <class T, bool kBDeep>
 __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c) {
 #if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   PYFAST_SHARED(shared);
+  const int bug = planted(c);
   constexpr int kA = 64 * 128, kB = 128 * 128, kStage = kA + kB;
   uint64_t* const full = reinterpret_cast<uint64_t*>(shared + 2 * kStage);
   uint64_t* const empty = full + 2;
   const int i = threadIdx.x, steps = (c.depth + 63) / 64;
-  if (i == 0 && c.bug != 1) {
+  if (i == 0 && bug != 1) {
     for (int s = 0; s < 2; ++s) {
       mbarrier_init(full + s, 1);
-      mbarrier_init(empty + s, c.bug == 2 ? 64 : 128);
+      mbarrier_init(empty + s, bug == 2 ? 64 : 128);
     }
     fence_mbarrier_init();
   }
@@ -221,9 +251,9 @@ __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c
     if (i == 128)
       for (int k = 0; k < steps; ++k) {
         const int s = k % 2, phase = k / 2 % 2;
-        if (c.bug != 3) mbarrier_wait(empty + s, phase ^ 1);  // passes at once for a fresh barrier
-        mbarrier_arrive_expect(full + s, c.bug == 4 ? kA : kStage);
-        unsigned char* const to = shared + s * kStage + (c.bug == 5 ? 128 : 0);
+        if (bug != 3) mbarrier_wait(empty + s, phase ^ 1);  // passes at once for a fresh barrier
+        mbarrier_arrive_expect(full + s, bug == 4 ? kA : kStage);
+        unsigned char* const to = shared + s * kStage + (bug == 5 ? 128 : 0);
         tma_load<2>(to, &c.a, full + s, {k * 64, 0});
         if constexpr (kBDeep) {
           tma_load<2>(to + kA, &c.b, full + s, {0, k * 64});
@@ -234,23 +264,23 @@ __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c
       }
     return;
   }
-  float d[64];
+  float d[64] = {};
   for (int k = 0; k < steps; ++k) {
     const int s = k % 2, phase = k / 2 % 2;
     const unsigned char* const a = shared + s * kStage;
-    if (c.bug != 6) mbarrier_wait(full + s, c.bug == 7 ? phase ^ 1 : phase);
+    if (bug != 6) mbarrier_wait(full + s, bug == 7 ? phase ^ 1 : phase);
     wgmma_fence();
     for (int step = 0; step < 4; ++step) {
-      const uint64_t left = wgmma_descriptor(a + step * (c.bug == 8 ? 64 : 32));
-      const uint64_t right = kBDeep ? wgmma_descriptor(a + kA + step * 16 * 128, c.bug == 10 ? 16 : kB / 2)
+      const uint64_t left = wgmma_descriptor(a + step * (bug == 8 ? 64 : 32));
+      const uint64_t right = kBDeep ? wgmma_descriptor(a + kA + step * 16 * 128, bug == 10 ? 16 : kB / 2)
                                     : wgmma_descriptor(a + kA + step * 32);
-      if (step == 0 && (k == 0 || c.bug == 11))
+      if (step == 0 && bug == 11)
         wgmma<T, kBDeep, false>(d, left, right);
       else
         wgmma<T, kBDeep>(d, left, right);
     }
     wgmma_commit();
-    if (c.bug != 9) wgmma_wait<0>();
+    if (bug != 9) wgmma_wait<0>();
     mbarrier_arrive(empty + s);
   }
   for (int j = 0; j < 64; ++j)
@@ -269,6 +299,7 @@ template <class T, bool kDeep>
 __global__ void __launch_bounds__(160) pair(const __grid_constant__ Pair c) {
 #if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   PYFAST_SHARED(shared);
+  const int bug = planted(c);
   constexpr int kBox = 64 * 128, kA = kBox, kB = 4 * kBox, kStage = kA + kB;
   unsigned char* const out = shared + 2 * kStage;
   uint64_t* const full = reinterpret_cast<uint64_t*>(out + 2 * kBox);
@@ -287,9 +318,9 @@ __global__ void __launch_bounds__(160) pair(const __grid_constant__ Pair c) {
       for (int k = 0; k < steps; ++k) {
         const int s = k % 2;
         unsigned char *const a = shared + s * kStage, *const b = a + kA;
-        const uint16_t both = c.bug == 3 ? 7 : c.bug == 4 ? 1 << rank : 3;
+        const uint16_t both = bug == 3 ? 7 : bug == 4 ? 1 << rank : 3;
         mbarrier_wait(empty + s, k / 2 % 2 ^ 1);
-        mbarrier_arrive_expect(full + s, c.bug == 5 ? kStage - 2 * kBox : kStage);
+        mbarrier_arrive_expect(full + s, bug == 5 ? kStage - 2 * kBox : kStage);
         tma_load<2>(a, &c.a, full + s, {k * 64, rank * 64});
         for (int box = 2 * rank; box < 2 * rank + 2; ++box)
           if (kDeep)
@@ -307,32 +338,32 @@ __global__ void __launch_bounds__(160) pair(const __grid_constant__ Pair c) {
       for (int step = 0; step < 4; ++step)
         wgmma<T, kDeep>(
             d, wgmma_descriptor(a + step * 32),
-            kDeep ? wgmma_descriptor(b + step * 2048, c.bug == 1 ? 16 : kBox) : wgmma_descriptor(b + step * 32));
+            kDeep ? wgmma_descriptor(b + step * 2048, bug == 1 ? 16 : kBox) : wgmma_descriptor(b + step * 32));
       wgmma_commit();
       wgmma_wait<0>();
-      for (int late = c.bug == 11 && rank ? 3 : 1; late; --late) named_barrier(1, 128);
-      if (i < (c.bug == 2 ? 1 : 2)) mbarrier_arrive(empty + s, c.bug == 6 ? i + 1 : i);
+      for (int late = bug == 11 && rank ? 3 : 1; late; --late) named_barrier(1, 128);
+      if (i < (bug == 2 ? 1 : 2)) mbarrier_arrive(empty + s, bug == 6 ? i + 1 : i);
     }
-    if (c.bug == 11 && rank == 0) return;  // a block leaves while the other may arrive at its barriers
+    if (bug == 11 && rank == 0) return;  // a block leaves while the other may arrive at its barriers
     for (int half = 0; half < 2; ++half) {
-      if (i == 0 && c.bug != 7) wait_stores<0>();
+      if (i == 0 && bug != 7) wait_stores<0>();
       named_barrier(1, 128);
       for (int j = 0; j < 32; ++j) {
         const int r = i / 32 * 16 + i % 32 / 4 + j % 2 * 8, e = (half * 16 + j / 2) * 4 + j % 2 * 2;
         const uint32_t both = pack<T>(d[e], d[e + 1]);
         memcpy(out + j / 16 * kBox + r * 128 + ((j / 2 % 8) ^ (r % 8)) * 16 + i % 4 * 4, &both, 4);
       }
-      if (c.bug != 8) fence_async();
+      if (bug != 8) fence_async();
       named_barrier(1, 128);
       if (i) continue;
       for (int box = 0; box < 2; ++box)
-        tma_store(&c.out, out + box * kBox + (c.bug == 9 ? 128 : 0), {half * 128 + box * 64, rank * 64});
+        tma_store(&c.out, out + box * kBox + (bug == 9 ? 128 : 0), {half * 128 + box * 64, rank * 64});
       commit_stores();
     }
-    if (i == 0 && c.bug != 10) wait_stores<0>();
+    if (i == 0 && bug != 10) wait_stores<0>();
   }
   __syncwarp();
-  if (c.bug != 11 || rank) cluster_barrier();
+  if (bug != 11 || rank) cluster_barrier();
 #endif
 }
 
@@ -341,6 +372,7 @@ template <class T, int kColumns>
 __global__ void __launch_bounds__(128) register_product(const __grid_constant__ Product c) {
 #if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   PYFAST_SHARED(shared);
+  const int bug = planted(c);
   constexpr int kTile = 64 * 128;  // of 64 columns
   uint64_t* const full = reinterpret_cast<uint64_t*>(shared + kColumns / 64 * kTile);
   const int i = threadIdx.x, row = i / 32 * 16 + i % 32 / 4;
@@ -353,7 +385,7 @@ __global__ void __launch_bounds__(128) register_product(const __grid_constant__ 
   uint32_t a[4][4];
   for (int k = 0; k < 4; ++k)
     for (int r = 0; r < 4; ++r) {
-      const int below = c.bug == 4 ? r / 2 : r % 2, right = c.bug == 4 ? r % 2 : r / 2;
+      const int below = bug == 4 ? r / 2 : r % 2, right = bug == 4 ? r % 2 : r / 2;
       memcpy(&a[k][r], static_cast<const T*>(c.left) + (row + below * 8) * 64 + k * 16 + right * 8 + i % 4 * 2, 4);
     }
   __syncthreads();
@@ -363,12 +395,101 @@ __global__ void __launch_bounds__(128) register_product(const __grid_constant__ 
   for (int k = 0; k < 4; ++k) hold(a[k]);
   wgmma_fence();
   for (int k = 0; k < 4; ++k)
-    wgmma<T, true>(d, a[k], wgmma_descriptor(shared + k * (c.bug == 5 ? 1024 : 2048), c.bug == 3 ? 16 : kTile));
+    wgmma<T, true>(d, a[k], wgmma_descriptor(shared + k * (bug == 5 ? 1024 : 2048), bug == 3 ? 16 : kTile));
   wgmma_commit();
-  if (c.bug == 1) a[3][i % 4] ^= 1;
-  if (c.bug != 2) wgmma_wait<0>();
+  if (bug == 1) a[3][i % 4] ^= 1;
+  if (bug != 2) wgmma_wait<0>();
   hold(d);
   for (int j = 0; j < kColumns / 2; ++j) c.out[(row + j % 4 / 2 * 8) * kColumns + j / 4 * 8 + i % 4 * 2 + j % 2] = d[j];
+#endif
+}
+
+// out (128 x 128) = the sum over two tiles t of (a b_t^T) v_t, 16-bit, with a (128 x 64), b (128 x 64) and v (128 x
+// 128) in tiles of 64 rows, of which those of v from `rows` on count as zeros: attention without a softmax. A third
+// warp group copies, and gives its registers to the two that multiply.
+struct Chain {
+  TensorMap a, b, v;
+  float* out;
+  int rows, bug;
+};
+template <class T>
+__global__ void __launch_bounds__(384, 1) chain(const __grid_constant__ Chain c) {
+#if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  PYFAST_SHARED(shared);
+  const int bug = planted(c);
+  constexpr int kTile = 64 * 128;
+  unsigned char *const b = shared + 2 * kTile, *const v = b + 2 * kTile;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(v + 4 * kTile);
+  const int i = threadIdx.x, group = i / 128, lane = i % 32;
+  if (i == 0) {
+    for (int t = 0; t < 3; ++t) mbarrier_init(full + t, 1);
+    if (bug != 1) fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (group == 2) {
+    if (bug != 2 || i % 128 >= 32) give_registers<24>();
+    if (i != 256) return;
+    for (int t = 0; t < 2; ++t) {
+      mbarrier_arrive_expect(full + t, t == 0 ? 5 * kTile : 3 * kTile);
+      for (int half = 0; half < 2 && t == 0; ++half) tma_load<2>(shared + half * kTile, &c.a, full, {0, half * 64});
+      tma_load<2>(b + t * kTile, &c.b, full + t, {0, t * 64});
+      for (int half = 0; half < 2; ++half) tma_load<2>(v + (2 * t + half) * kTile, &c.v, full + t, {half * 64, t * 64});
+    }
+    if (bug == 3) mbarrier_arrive_expect(full + 2, kTile), tma_load<2>(b, &c.b, full + 2, {0, 0});  // nobody waits
+    return;
+  }
+  if (bug == 7)
+    take_registers<248>();
+  else
+    take_registers<240>();
+  float s[32], sums[64] = {};
+  uint32_t p[4][4];
+  const auto begin_scores = [&](int t) {
+    hold(s);
+    if (bug != 4) wgmma_fence();
+    for (int k = 0; k < 4; ++k) {
+      const uint64_t left = wgmma_descriptor(shared + group * kTile + k * 32);
+      const uint64_t right = wgmma_descriptor(b + t * kTile + k * 32);
+      if (k == 0)
+        wgmma<T, false, false>(s, left, right);
+      else
+        wgmma<T>(s, left, right);
+    }
+    wgmma_commit();
+  };
+  const auto begin_sums = [&](int t) {
+    for (int k = 0; k < 4; ++k) hold(p[k]);
+    hold(sums);
+    wgmma_fence();
+    for (int k = 0; k < 4; ++k) wgmma<T, true>(sums, p[k], wgmma_descriptor(v + 2 * t * kTile + k * 2048, kTile));
+    wgmma_commit();
+  };
+  const auto make_operand = [&] {
+    for (int k = 0; k < 4; ++k)
+      for (int r = 0; r < 4; ++r) p[k][r] = pack<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
+  };
+  mbarrier_wait(full, 0);
+  begin_scores(0);
+  wgmma_wait<0>();
+  hold(s);
+  make_operand();
+  mbarrier_wait(full + 1, 0);
+  begin_scores(1);
+  begin_sums(0);
+  wgmma_wait<1>();  // the scores; the sums are in flight
+  hold(s);
+  wgmma_wait<0>();
+  hold(sums);
+  make_operand();
+  for (int n = (c.rows - 64) * 8 + i % 128; n < 64 * 8; n += 128)  // 16 bytes each
+    for (int half = 0; half < 2; ++half) *reinterpret_cast<Vector*>(v + (2 + half) * kTile + n * 16) = Vector{};
+  if (bug != 5) fence_async();
+  if (bug != 6) named_barrier(1 + group, 128);
+  begin_sums(1);
+  wgmma_wait<0>();
+  hold(sums);
+  const int row = i / 32 * 16 + lane / 4;
+  for (int j = 0; j < 64; ++j) c.out[(row + j % 4 / 2 * 8) * 128 + j / 4 * 8 + lane % 4 * 2 + j % 2] = sums[j];
 #endif
 }
 
@@ -441,6 +562,14 @@ PYFAST_EXPORT int run_register_product(const void* a, const void* b, float* out,
                                     : (is_bf16 ? register_product<bf16, 128> : register_product<fp16, 128>);
   return finished(launch(kernel, {1, 128, columns * 128 + 8}, c, nullptr));
 }
+PYFAST_EXPORT int run_chain(const void* a, const void* b, const void* v, float* out, bool is_bf16, int rows, int bug) {
+  Chain c{{}, {}, {}, out, rows, bug};
+  const DType type = is_bf16 ? DType::bf16 : DType::fp16;
+  if (int e = make_tensor_map<2>(c.a, type, a, {64, 128}, {2, 128}, {64, 64})) return e;
+  if (int e = make_tensor_map<2>(c.b, type, b, {64, 128}, {2, 128}, {64, 64})) return e;
+  if (int e = make_tensor_map<2>(c.v, type, v, {128, 128}, {2, 256}, {64, 64})) return e;
+  return finished(launch(is_bf16 ? chain<bf16> : chain<fp16>, {1, 384, 8 * 64 * 128 + 24}, c, nullptr));
+}
 PYFAST_EXPORT int run_box(const void* x, float* out, int n) {
   Box c{{}, out};
   if (int e = make_tensor_map<4>(c.map, DType::fp16, x, {n, 9, 5, 3}, {2, n * 2, n * 18, n * 90}, {64, 8, 2, 3}))
@@ -456,7 +585,8 @@ PYFAST_EXPORT int run(const float* in, float* out, const char* name, int n, int 
   } all[] = {{"reverse", reverse},          {"reverse_pairs", reverse_pairs}, {"warp_sum", warp_sum},
              {"warp_scan", warp_scan},      {"atomic_sum", atomic_sum},       {"pipeline", pipeline},
              {"matmul_bf16", matmul<bf16>}, {"matmul_fp16", matmul<fp16>},    {"transpose", transpose},
-             {"vectors", vectors},          {"cluster_sum", cluster_sum},     {"turns", turns}};
+             {"vectors", vectors},          {"cluster_sum", cluster_sum},     {"turns", turns},
+             {"conversions", conversions}};
   for (const auto& k : all)
     if (!strcmp(k.name, name))
       return finished(launch<Call>(k.kernel, {blocks, threads, shared, cluster}, call, nullptr));

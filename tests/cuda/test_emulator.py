@@ -13,6 +13,7 @@ from instructions import (
     SM_90A,
     SOURCE,
     Kernels,
+    chain,
     cluster_sum,
     compiled_for_gpus,
     matmul_bf16,
@@ -120,6 +121,13 @@ BUGS = [
     (pair, 9, "TMA: not aligned to 1024 bytes"),
     (pair, 10, "before shared memory that it stores has been read"),
     (pair, 11, "a block that has exited"),
+    (chain, 1, "no fence.mbarrier_init followed"),
+    (chain, 2, "deadlock: .* waits at setmaxnreg"),
+    (chain, 3, "exits before a tile that TMA brings has come"),
+    (chain, 4, "without wgmma.fence"),
+    (chain, 5, "wgmma reads what was written without fence.proxy.async"),
+    (chain, 6, None),
+    (chain, 7, "deadlock: .* waits at setmaxnreg"),
 ]
 
 

@@ -49,6 +49,25 @@ def test_uses_no_macro_that_the_oldest_torch_lacks():
     assert not [p.name for p in sources if "STABLE_TORCH_ERROR_CODE_CHECK" in p.read_text()]
 
 
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({}, None),
+        ({"local_instructions": 1}, "1 local loads and stores"),
+        ({"async_copies": 0}, "no asynchronous copies"),
+        ({"tensor_core": 0, "wgmma_groups": 0}, "no tensor-core instructions"),
+        ({"wgmma_groups": 32}, "its wgmma are serialized"),
+        ({"given": ""}, "setmaxnreg was ignored"),
+        ({"taken": 248}, "setmaxnreg asks for more registers than the block has"),
+        ({"registers": 160}, "setmaxnreg asks for more registers than the block has"),
+    ],
+)
+def test_faults_are_named(change, fault):
+    values = ("attention90_kernel<bf16, 128>", 168, 0, 0, 163912, 32, 16, 4, 24, 240)
+    row = dict(zip(cuda_resources.FIELDS, values, strict=True)) | change
+    assert cuda_resources.faults([row]) == ([] if fault is None else [f"{row['kernel']}: {fault}"])
+
+
 @pytest.mark.slow
 def test_no_kernel_spills(library):
     """No local memory, and the instructions that a kernel is written for, on each architecture."""
