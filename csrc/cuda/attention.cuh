@@ -54,7 +54,8 @@ struct AttentionLaunch {
   float dropout_scale = float(1.0 / (1.0 - a.dropout_p));
 };
 
-// Where a block works: its tile's first row within the sequence, and the sequence's rows, on this side and the other
+// Where a block works: its tile's first row within the sequence, and the sequence's rows, on this side and the other,
+// where there may be none
 struct Place {
   int batch, head, begin, other_begin, first, length, other_length;
 };
@@ -89,7 +90,8 @@ __device__ __forceinline__ Place locate(const AttentionLaunch& l, int64_t heads,
   };
   p.begin = bound(cu, n, rows), p.length = bound(cu, n + 1, rows) - p.begin;
   p.other_begin = bound(cu_other, n, rows_other);
-  p.other_length = n < sequences ? bound(cu_other, n + 1, rows_other) - p.other_begin : 0;
+  const int other_end = n < sequences ? bound(cu_other, n + 1, rows_other) : 0;
+  p.other_length = other_end > p.other_begin ? other_end - p.other_begin : 0;
   const int64_t first = (tile - (cu_at(cu, wide, n) / tile_rows + n)) * tile_rows;
   p.first = first < 0 || first > rows ? int(rows) : int(first);
   return p;
@@ -246,6 +248,14 @@ __device__ __forceinline__ int behind_queries(const Attention& a, const Place& p
   return a.left >= 0 && behind < queries ? behind : queries;
 }
 
+// What a block walks over: rows of the other side that its own may see, in tiles
+struct Range {
+  int begin, end, tiles;
+
+  __device__ __forceinline__ Range(int begin, int end, int tile_rows)
+      : begin(begin), end(end), tiles(begin < end ? (end - begin + tile_rows - 1) / tile_rows : 0) {}
+};
+
 // What the passes over keys share: a block's queries, and the keys that they may see
 template <class T, int kDim, bool kGeneral, int kOuterTiles>
 struct OverKeys {
@@ -261,7 +271,7 @@ struct OverKeys {
   __device__ __forceinline__ OverKeys(const AttentionLaunch& l, unsigned char* shared)
       : a(l.a),
         p(locate(l, l.a.heads, l.a.cu_q, l.a.cu_k, l.a.sq, l.a.sk, Tiles::kOuter, true)),
-        keys(p.other_length > 0 ? p.other_length : 0),
+        keys(p.other_length),
         scores(a, p.batch, p.head, p.begin, p.length, keys),
         memory{shared} {}
 
@@ -505,7 +515,7 @@ __global__ void __launch_bounds__(Tiling<T, kDim, false>::kThreads, Tiling<T, kD
   const Place p = locate(l, a.kv_heads, a.cu_k, a.cu_q, a.sk, a.sq, Tiles::kOuter, false);
   if (p.first >= p.length) return;
   const int group = int(a.heads / a.kv_heads);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, queries = p.other_length > 0 ? p.other_length : 0;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, queries = p.other_length;
   const int warp_row = warp % (Tiles::kOuter / 16) * 16, column = warp / (Tiles::kOuter / 16) * kColumns;
 
   const AttentionMemory<T, Tiles, 2> memory{shared};

@@ -18,7 +18,7 @@
 // bounds on paper: it has not run on a GPU.
 #pragma once
 #include "cuda/attention.cuh"
-#include "cuda/ptx90.cuh"
+#include "cuda/ring90.cuh"
 
 namespace pyfast::cuda {
 
@@ -30,7 +30,9 @@ struct Attention90 {
   // rows of 128 bytes, 64 elements: D = 128 in two halves after each other
   static constexpr int kHalves = kDim / 64, kQueryHalf = kRows * 128, kKeyHalf = kKeys * 128;
   static constexpr int kQueryBytes = kHalves * kQueryHalf, kTileBytes = kHalves * kKeyHalf;
-  static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kTileBytes + (1 + 4 * kStages) * 8;
+  using Tiles = Ring<kStages>;
+  static constexpr int kBarriers = kQueryBytes + 2 * kStages * kTileBytes;
+  static constexpr int kSharedBytes = kBarriers + 8 + 2 * Tiles::kBytes;
   static constexpr int kTurns = 1, kGroupBarriers = kTurns + kGroups;  // named barriers, of which 0 is the block's
 
   unsigned char* shared;
@@ -38,14 +40,8 @@ struct Attention90 {
   __device__ __forceinline__ unsigned char* tile(int which, int n) const {  // 0: of keys, 1: of values
     return shared + kQueryBytes + (which * kStages + n % kStages) * kTileBytes;
   }
-  __device__ __forceinline__ uint64_t* queries() const {
-    return reinterpret_cast<uint64_t*>(shared + kQueryBytes + 2 * kStages * kTileBytes);
-  }
-  __device__ __forceinline__ uint64_t* full(int which, int n) const {
-    return queries() + 1 + which * kStages + n % kStages;
-  }
-  __device__ __forceinline__ uint64_t* free(int which, int n) const { return full(which, n) + 2 * kStages; }
-  __device__ __forceinline__ static int round(int n) { return n / kStages % 2; }
+  __device__ __forceinline__ uint64_t* queries() const { return reinterpret_cast<uint64_t*>(shared + kBarriers); }
+  __device__ __forceinline__ Tiles ring(int which) const { return {queries() + 1 + which * 2 * kStages}; }
 };
 
 // Boxes of rows and of 64 columns, in 4 dimensions: column, row, head, batch
@@ -65,17 +61,14 @@ __global__ void __launch_bounds__(Attention90<T, kDim>::kThreads, 1)
   const A memory{shared};
   const Place p = locate(l, a.heads, a.cu_q, a.cu_k, a.sq, a.sk, A::kRows, true);
   if (p.first >= p.length) return;
-  const int keys = p.other_length > 0 ? p.other_length : 0;
-  const int begin = first_key(a, p, keys), end = behind_keys(a, p, keys, A::kRows);
-  const int tiles = begin < end ? (end - begin + A::kKeys - 1) / A::kKeys : 0;
+  const int keys = p.other_length;
+  const Range range(first_key(a, p, keys), behind_keys(a, p, keys, A::kRows), A::kKeys);
+  const int begin = range.begin, tiles = range.tiles;
+  const typename A::Tiles ring[2] = {memory.ring(0), memory.ring(1)};
 
   if (threadIdx.x == 0) {
     mbarrier_init(memory.queries(), 1);
-    for (int which = 0; which < 2; ++which)
-      for (int n = 0; n < A::kStages; ++n) {
-        mbarrier_init(memory.full(which, n), 1);
-        mbarrier_init(memory.free(which, n), A::kConsumers / 32);
-      }
+    for (int which = 0; which < 2; ++which) ring[which].begin(A::kConsumers / 32);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -85,9 +78,7 @@ __global__ void __launch_bounds__(Attention90<T, kDim>::kThreads, 1)
     if (threadIdx.x != A::kConsumers || tiles == 0) return;
     const int kv_head = p.head / int(a.heads / a.kv_heads);
     const auto load = [&](const TensorMap& map, int which, int n) {
-      uint64_t* const there = memory.full(which, n);
-      if (n >= A::kStages) mbarrier_wait(memory.free(which, n), A::round(n) ^ 1);
-      mbarrier_arrive_expect(there, A::kTileBytes);
+      uint64_t* const there = ring[which].fill(n, A::kTileBytes);
       const int row = p.other_begin + begin + n * A::kKeys;
       for (int h = 0; h < A::kHalves; ++h)
         tma_load<4>(memory.tile(which, n) + h * A::kKeyHalf, &map, there, {64 * h, row, kv_head, p.batch});
@@ -141,10 +132,6 @@ __global__ void __launch_bounds__(Attention90<T, kDim>::kThreads, 1)
       wgmma<T, true>(acc_registers, probabilities[k], wgmma_descriptor(v + k * 16 * 128, A::kKeyHalf));
     wgmma_commit();
   };
-  const auto release = [&](int which, int n) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(memory.free(which, n));
-  };
   // s becomes exp(score - maximum); what came before it is to be multiplied with `rescale`
   const auto exponentials = [&](int n, float (&rescale)[2]) {
     const int at = begin + n * A::kKeys;
@@ -190,34 +177,34 @@ __global__ void __launch_bounds__(Attention90<T, kDim>::kThreads, 1)
   if (tiles > 0) {
     float rescale[2];
     mbarrier_wait(memory.queries(), 0);
-    mbarrier_wait(memory.full(0, 0), 0);
+    ring[0].wait(0);
     begin_scores(0);
     wgmma_wait<0>();
     hold(s_registers);
-    release(0, 0);
+    ring[0].release(0);
     exponentials(0, rescale);
     make_operand();
     for (int n = 1; n < tiles; ++n) {
-      mbarrier_wait(memory.full(0, n), A::round(n));
-      mbarrier_wait(memory.full(1, n - 1), A::round(n - 1));
+      ring[0].wait(n);
+      ring[1].wait(n - 1);
       if (group > 0 || n > 1) named_barrier(A::kTurns + group, 256);
       begin_scores(n);
       begin_values(n - 1);
       if (group < A::kGroups - 1 || n < tiles - 1) named_barrier_arrive(A::kTurns + (group + 1) % A::kGroups, 256);
       wgmma_wait<1>();
       hold(s_registers);
-      release(0, n);
+      ring[0].release(n);
       exponentials(n, rescale);
       wgmma_wait<0>();
       hold(acc_registers);
-      release(1, n - 1);
+      ring[1].release(n - 1);
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[j][e] *= rescale[e / 2];
       make_operand();
     }
-    mbarrier_wait(memory.full(1, tiles - 1), A::round(tiles - 1));
+    ring[1].wait(tiles - 1);
     if (const int left = keys - begin - (tiles - 1) * A::kKeys; a.cu_k && left < A::kKeys) {
       // The rows of the next sequence are nobody's here: their probabilities are 0, but they may hold what 0 times is
       // not 0. Each group writes the same zeros.

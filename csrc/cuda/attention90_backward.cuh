@@ -26,7 +26,8 @@ struct Backward90 {
   static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128;
   static constexpr int kHalves = kDim / 64, kOuterHalf = kRows * 128, kInnerHalf = kInner * 128;  // of 64 columns
   static constexpr int kOuterBytes = kHalves * kOuterHalf, kInnerBytes = kHalves * kInnerHalf;
-  static constexpr int kSharedBytes = 2 * kOuterBytes + 2 * kStages * kInnerBytes + (1 + 2 * kStages) * 8;
+  static constexpr int kBarriers = 2 * kOuterBytes + 2 * kStages * kInnerBytes;
+  static constexpr int kSharedBytes = kBarriers + 8 + Ring<kStages>::kBytes;
 
   unsigned char* shared;
 
@@ -34,19 +35,13 @@ struct Backward90 {
   __device__ __forceinline__ unsigned char* inner(int which, int n) const {
     return shared + 2 * kOuterBytes + (n % kStages * 2 + which) * kInnerBytes;
   }
-  __device__ __forceinline__ uint64_t* rows_there() const {
-    return reinterpret_cast<uint64_t*>(shared + 2 * kOuterBytes + 2 * kStages * kInnerBytes);
-  }
-  __device__ __forceinline__ uint64_t* full(int n) const { return rows_there() + 1 + n % kStages; }
-  __device__ __forceinline__ uint64_t* free(int n) const { return full(n) + kStages; }
+  __device__ __forceinline__ uint64_t* rows_there() const { return reinterpret_cast<uint64_t*>(shared + kBarriers); }
+  __device__ __forceinline__ Ring<kStages> ring() const { return {rows_there() + 1}; }
 
   __device__ __forceinline__ void begin() const {
     if (threadIdx.x == 0) {
       mbarrier_init(rows_there(), 1);
-      for (int n = 0; n < kStages; ++n) {
-        mbarrier_init(full(n), 1);
-        mbarrier_init(free(n), kConsumers / 32);
-      }
+      ring().begin(kConsumers / 32);
       fence_mbarrier_init();
     }
     __syncthreads();
@@ -63,11 +58,10 @@ struct Backward90 {
   }
   __device__ __forceinline__ void load(int n, const TensorMap& x, const TensorMap& y, int row, int head,
                                        int batch) const {
-    if (n >= kStages) mbarrier_wait(free(n), n / kStages % 2 ^ 1);
-    mbarrier_arrive_expect(full(n), 2 * kInnerBytes);
+    uint64_t* const there = ring().fill(n, 2 * kInnerBytes);
     for (int h = 0; h < kHalves; ++h) {
-      tma_load<4>(inner(0, n) + h * kInnerHalf, &x, full(n), {64 * h, row, head, batch});
-      tma_load<4>(inner(1, n) + h * kInnerHalf, &y, full(n), {64 * h, row, head, batch});
+      tma_load<4>(inner(0, n) + h * kInnerHalf, &x, there, {64 * h, row, head, batch});
+      tma_load<4>(inner(1, n) + h * kInnerHalf, &y, there, {64 * h, row, head, batch});
     }
   }
 
@@ -75,17 +69,13 @@ struct Backward90 {
   // Until tile n is there; of its rows the first `count` are this sequence's, where sequences are packed. The next
   // one's are zeros here, for they may hold what 0 times is not 0. Each group writes the same ones.
   __device__ __forceinline__ void wait(int n, bool packed, int count) const {
-    mbarrier_wait(full(n), n / kStages % 2);
+    ring().wait(n);
     if (!packed || count >= kInner) return;
     for (int i = count * 8 + threadIdx.x % 128; i < kInner * 8; i += 128)
       for (int h = 0; h < 2 * kHalves; ++h)
         *reinterpret_cast<Vector*>(inner(0, n) + h * kInnerHalf + i * 16) = Vector{};
     fence_async();
     named_barrier(1 + threadIdx.x / 128, 128);
-  }
-  __device__ __forceinline__ void release(int n) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(free(n));
   }
   // Begins s (64 x 64) = this warp group's rows of outer tile `which` times the rows of the inner one
   __device__ __forceinline__ void begin_products(float (&s)[32], int which, int n) const {
@@ -158,9 +148,9 @@ __global__ void __launch_bounds__(Backward90<T, kDim>::kThreads, 1)
   const B block{shared};
   const Place p = locate(l, a.heads, a.cu_q, a.cu_k, a.sq, a.sk, B::kRows, true);
   if (p.first >= p.length) return;
-  const int keys = p.other_length > 0 ? p.other_length : 0;
-  const int begin = first_key(a, p, keys), end = behind_keys(a, p, keys, B::kRows);
-  const int tiles = begin < end ? (end - begin + B::kInner - 1) / B::kInner : 0;
+  const int keys = p.other_length;
+  const Range range(first_key(a, p, keys), behind_keys(a, p, keys, B::kRows), B::kInner);
+  const int begin = range.begin, tiles = range.tiles;
   block.begin();
   if (threadIdx.x >= B::kConsumers) {
     give_registers<24>();
@@ -197,7 +187,7 @@ __global__ void __launch_bounds__(Backward90<T, kDim>::kThreads, 1)
     wgmma_wait<1>();
     hold(s);
     hold(sums);
-    if (n > 0) block.release(n - 1);
+    if (n > 0) block.ring().release(n - 1);
     float probability[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) probability[i] = exp2_approx(fmaf(s[i], to_log2, -sum[i / 2 % 2]));
@@ -230,9 +220,9 @@ __global__ void __launch_bounds__(Backward90<T, kDim>::kThreads, 1)
   const B block{shared};
   const Place p = locate(l, a.kv_heads, a.cu_k, a.cu_q, a.sk, a.sq, B::kRows, false);
   if (p.first >= p.length) return;
-  const int queries = p.other_length > 0 ? p.other_length : 0, group = int(a.heads / a.kv_heads);
-  const int begin = first_query(a, p, queries), end = behind_queries(a, p, queries, B::kRows);
-  const int tiles = begin < end ? (end - begin + B::kInner - 1) / B::kInner : 0;  // of each head
+  const int queries = p.other_length, group = int(a.heads / a.kv_heads);
+  const Range range(first_query(a, p, queries), behind_queries(a, p, queries, B::kRows), B::kInner);  // of each head
+  const int begin = range.begin, end = range.end, tiles = range.tiles;
   block.begin();
   if (threadIdx.x >= B::kConsumers) {
     give_registers<24>();
@@ -296,7 +286,7 @@ __global__ void __launch_bounds__(Backward90<T, kDim>::kThreads, 1)
       wgmma_wait<0>();
       hold(dv_sums);
       hold(dk_sums);
-      block.release(n);
+      block.ring().release(n);
     }
   }
   const float one[2] = {1.f, 1.f}, scale[2] = {a.scale, a.scale};

@@ -7,7 +7,7 @@
 // Bound: tensor cores. A wgmma m64n128k16 takes 64 cycles, and reads 6 KB of shared memory, 96 of 128 bytes a cycle.
 #pragma once
 #include "cuda/gemm.cuh"
-#include "cuda/ptx90.cuh"
+#include "cuda/ring90.cuh"
 
 namespace pyfast::cuda {
 
@@ -22,7 +22,7 @@ struct Gemm90 {
   static constexpr int kConsumers = 256, kThreads = kConsumers + 128;
   static constexpr int kPart = kColumnsOfBlock, kRows = 2, kColumns = 16, split = 0;
   static constexpr int kABytes = kBlock * 128, kBBytes = kColumnsOfBlock * 128, kStageBytes = kABytes + kBBytes;
-  static constexpr int kSharedBytes = kStages * (kStageBytes + 16);
+  static constexpr int kSharedBytes = kStages * kStageBytes + Ring<kStages>::kBytes;
   using Sums = float[kRows][kColumns][4];
 
   int64_t m, n, row, column;
@@ -49,10 +49,7 @@ struct Gemm90 {
   // The whole block begins; then the third warp group produces, and ends, and the others multiply
   __device__ __forceinline__ void begin(unsigned char* shared) const {
     if (threadIdx.x == 0) {
-      for (int s = 0; s < kStages; ++s) {
-        mbarrier_init(full(shared) + s, 1);
-        mbarrier_init(free(shared) + s, kConsumers / 32);
-      }
+      ring(shared).begin(kConsumers / 32);
       fence_mbarrier_init();
     }
     __syncthreads();
@@ -64,13 +61,10 @@ struct Gemm90 {
     if (threadIdx.x != kConsumers) return;
     const int first_steps = steps_of(p.terms[0].depth), steps = first_steps + steps_of(p.terms[1].depth);
     for (int step = 0; step < steps; ++step) {
-      const int stage = step % kStages, round = step / kStages;
       const bool second = step >= first_steps;
       const int at = (second ? step - first_steps : step) * kDepth;
-      unsigned char *const a = shared + stage * kStageBytes, *const b = a + kABytes;
-      uint64_t* const there = full(shared) + stage;
-      if (round > 0) mbarrier_wait(free(shared) + stage, (round - 1) % 2);
-      mbarrier_arrive_expect(there, kStageBytes);
+      unsigned char *const a = shared + step % kStages * kStageBytes, *const b = a + kABytes;
+      uint64_t* const there = ring(shared).fill(step, kStageBytes);
       tma_load<2>(a, &boxes.a[second], there, {at, int(row)});
       if constexpr (kBDeep) {
         tma_load<2>(b, &boxes.b[second], there, {int(column), at});
@@ -88,7 +82,7 @@ struct Gemm90 {
       const int stage = step % kStages;
       const unsigned char* const a = shared + stage * kStageBytes + warp_row / 128 * 128 * 128;
       const unsigned char* const b = shared + stage * kStageBytes + kABytes;
-      mbarrier_wait(full(shared) + stage, step / kStages % 2);
+      ring(shared).wait(step);
       if (step == 0) hold(reinterpret_cast<float (&)[kRows * 64]>(sums));
       wgmma_fence();
 #pragma unroll
@@ -104,10 +98,7 @@ struct Gemm90 {
         }
       wgmma_commit();
       wgmma_wait<1>();
-      if (step > 0) {  // the step before has been multiplied
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(free(shared) + (step - 1) % kStages);
-      }
+      if (step > 0) ring(shared).release(step - 1);  // it has been multiplied
     }
     wgmma_wait<0>();
     hold(reinterpret_cast<float (&)[kRows * 64]>(sums));
@@ -115,10 +106,9 @@ struct Gemm90 {
 
  private:
   __device__ static int steps_of(int64_t depth) { return int((depth + kDepth - 1) / kDepth); }
-  __device__ static uint64_t* full(unsigned char* shared) {
-    return reinterpret_cast<uint64_t*>(shared + kStages * kStageBytes);
+  __device__ static Ring<kStages> ring(unsigned char* shared) {
+    return {reinterpret_cast<uint64_t*>(shared + kStages * kStageBytes)};
   }
-  __device__ static uint64_t* free(unsigned char* shared) { return full(shared) + kStages; }
 };
 
 // Maps of an operand's memory, (rows, columns); 0, or an error code

@@ -34,7 +34,7 @@
 // All of this is arithmetic: without a GPU nothing was timed.
 #pragma once
 #include "cuda/lora.h"
-#include "cuda/ptx90.cuh"
+#include "cuda/ring90.cuh"
 
 namespace pyfast::cuda {
 
@@ -63,7 +63,7 @@ struct Lora90 {
   static constexpr int kABytes = kRows * 128, kBBytes = kColumns * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kBoxBytes = 64 * 128, kOutBytes = 2 * kBoxBytes;  // a warp group's
   static constexpr int kOut = kStages * kStageBytes, kBarriers = kOut + 2 * kOutBytes;
-  static constexpr int kSharedBytes = kBarriers + kStages * 16;
+  static constexpr int kSharedBytes = kBarriers + Ring<kStages, kBlocks>::kBytes;
 
   const Lora90Launch& l;
   unsigned char* const shared;
@@ -71,8 +71,9 @@ struct Lora90 {
 
   static int tiles(int64_t columns) { return int((columns + kColumns - 1) / kColumns); }
 
-  __device__ uint64_t* full() const { return reinterpret_cast<uint64_t*>(shared + kBarriers); }
-  __device__ uint64_t* free() const { return full() + kStages; }
+  __device__ __forceinline__ Ring<kStages, kBlocks> ring() const {
+    return {reinterpret_cast<uint64_t*>(shared + kBarriers)};
+  }
 
   // Calls work(result, row, column of the block's part of it) on each of the cluster's tiles
   template <class Work>
@@ -94,10 +95,7 @@ struct Lora90 {
   // A barrier of the cluster follows
   __device__ __forceinline__ void begin() const {
     if (threadIdx.x == 0) {
-      for (int s = 0; s < kStages; ++s) {
-        mbarrier_init(full() + s, 1);
-        mbarrier_init(free() + s, kBlocks * kConsumers / 32);
-      }
+      ring().begin(kConsumers / 32);
       fence_mbarrier_init();
     }
   }
@@ -110,11 +108,8 @@ struct Lora90 {
       for (int i = l.results[result].first; i < l.results[result].last; ++i) {
         const Lora90Term& term = l.terms[i];
         for (int at = 0; at < term.depth; at += kDepth, ++step) {
-          const int stage = step % kStages, round = step / kStages;
-          unsigned char *const a = shared + stage * kStageBytes, *const b = a + kABytes;
-          uint64_t* const there = full() + stage;
-          if (round > 0) mbarrier_wait(free() + stage, (round - 1) % 2);
-          mbarrier_arrive_expect(there, kStageBytes);
+          unsigned char *const a = shared + step % kStages * kStageBytes, *const b = a + kABytes;
+          uint64_t* const there = ring().fill(step, kStageBytes);
           tma_load<2>(a, &l.a[i], there, {at, row});
           if (term.deep) {
 #pragma unroll
@@ -160,18 +155,12 @@ struct Lora90 {
       wgmma<T>(sums, left, wgmma_descriptor(b + k * 32));
   }
 
-  // A stage that this warp has read, told to both blocks' producers
-  __device__ __forceinline__ void release(int step) const {
-    __syncwarp();
-    if (threadIdx.x % 32 < kBlocks) mbarrier_arrive(free() + step % kStages, int(threadIdx.x % 32));
-  }
-
   template <bool kDeep>
   __device__ __forceinline__ void multiply(int depth, int& step, float (&sums)[kSums]) const {
     const int end = step + depth / kDepth;
     int read = step;  // the first step that is not yet released
     const auto wait = [&] {
-      mbarrier_wait(full() + step % kStages, step / kStages % 2);
+      ring().wait(step);
       wgmma_fence();
     };
     while (step < end) {
@@ -180,7 +169,7 @@ struct Lora90 {
       for (int k = 0; k < kDepth / 16; ++k) multiply_step<kDeep>(step % kStages, k, sums);
       wgmma_commit();
       wgmma_wait<1>();
-      if (read < step) release(read++);  // it has been multiplied
+      if (read < step) ring().release(read++);  // it has been multiplied
       ++step;
     }
     if (depth % kDepth) {
@@ -196,7 +185,7 @@ struct Lora90 {
     wgmma_wait<0>();
     hold(sums);
 #pragma unroll 1
-    while (read < step) release(read++);
+    while (read < step) ring().release(read++);
   }
 
   __device__ __forceinline__ void store(int number, int row, int column, float (&sums)[kSums]) const {
