@@ -250,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
     parser.add_argument("--no-bench", action="store_true", help="tests alone")
     parser.add_argument("--minutes", type=float, default=8.0, help="what it may take in all (%(default)s)")
+    parser.add_argument("--commit", help="that is measured, where this is a copy of a checkout without its history")
     options = parser.parse_args(argv)
     for op in options.ops:
         if op not in (*cuda.CASES, *PARTS):
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     gpu, failed = torch.cuda.get_device_name(), []
     folder = folder_of(gpu)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"gpu": gpu, **versions()}
+    about = {"gpu": gpu, **versions()} | ({"commit": options.commit} if options.commit else {})
     print(about, flush=True)
     failed += gpu_tests.build(folder, tests=not options.no_tests)
     if not options.no_tests:

@@ -2,6 +2,7 @@
 benchmarks/gpu.py, each in processes of its own, since a kernel that fails takes its process's GPU with it.
 """
 
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -77,6 +78,14 @@ def sanitizer() -> str | None:
     return next(filter(None, found), None) or shutil.which("compute-sanitizer")
 
 
+def sources_digest(architecture: str) -> str:
+    """Of all that `_cuda` is made of. Not the files' times, which a copy of the checkout may change."""
+    digest = hashlib.sha256(f"{architecture} {torch.__version__}".encode())
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def build(folder: Path, tests: bool) -> list[str]:
     """Builds `_cuda` for this machine's GPU; returns what failed. Logs go to `folder`.
 
@@ -89,7 +98,10 @@ def build(folder: Path, tests: bool) -> list[str]:
         print(f"build: {cuda}: Triton's kernels alone", flush=True)
     else:
         architecture = toolchain.architecture_for(torch.cuda.get_device_capability())
-        running["build"] = start(folder, "build", build_command(architecture))
+        digest, built = sources_digest(architecture), ROOT / "build" / "gpu.sha256"
+        if not (built.exists() and built.read_text() == digest and list(ROOT.glob("pyfast/_cuda.*so"))):
+            built.unlink(missing_ok=True)
+            running["build"] = start(folder, "build", build_command(architecture))
         if tests:
             compile_them = "import sys; sys.path.append('tests'); import instructions; instructions.compiled_for_gpus()"
             kernels = start(folder, "kernels", [sys.executable, "-c", compile_them])
@@ -97,7 +109,10 @@ def build(folder: Path, tests: bool) -> list[str]:
     if tests:
         command = pytest_command("tests/gpu/test_instructions.py", processes=1, timeout=30)
         running["instructions"] = start(folder, "instructions", command)
-    return failed + finish(running, folder, BUILD_SECONDS)
+    failed += finish(running, folder, BUILD_SECONDS)
+    if "build" in running and running["build"].returncode == 0:
+        built.write_text(digest)
+    return failed
 
 
 def run_tests(folder: Path, seconds: float) -> list[str]:

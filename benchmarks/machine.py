@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -90,10 +91,11 @@ def versions() -> dict:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    if git.returncode == 0:
-        found["commit"] = git.stdout.strip()
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        if git.returncode == 0:
+            found["commit"] = git.stdout.strip()
     return found
 
 

@@ -108,12 +108,27 @@ def test_a_lost_gpu_fails_no_other_test(pretending, processes):
 
 
 def test_builds_for_the_card(monkeypatch, tmp_path, capsys):
-    """Its architecture alone; where there is no nvcc, that is said and Triton's kernels are tested."""
+    """Its architecture alone, and again only for other sources; without nvcc, Triton's kernels alone are tested."""
+    for folder in ("build", "pyfast", "csrc"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu_tests, "build_command", lambda *options: [sys.executable, "-c", f"print({options})"])
+    script = "import sys, pathlib; print(sys.argv[1]); pathlib.Path('pyfast/_cuda.so').touch()"
+    monkeypatch.setattr(gpu_tests, "build_command", lambda *options: [sys.executable, "-c", script, *options])
     monkeypatch.setattr(gpu_tests.toolchain, "find_cuda", lambda: gpu_tests.toolchain.Cuda("nvcc", "cudart", "13.0"))
-    assert gpu_tests.build(tmp_path, tests=False) == []
-    assert (tmp_path / "build.log").read_text() == "('sm_90a',)\n"
+    log = tmp_path / "build.log"
+    for changed in (True, False, True):
+        if changed:
+            (tmp_path / "csrc" / "new.cu").write_text(str(len(list(tmp_path.rglob("*")))))
+        log.unlink(missing_ok=True)
+        assert gpu_tests.build(tmp_path, tests=False) == []
+        assert log.exists() == changed
+    assert log.read_text() == "sm_90a\n"
+    script = "import sys; sys.exit(3)"
+    (tmp_path / "csrc" / "new.cu").write_text("wrong")
+    for _ in range(2):
+        assert gpu_tests.build(tmp_path, tests=False) == [f"build: ended with 3, see {log}"]
+
     monkeypatch.setattr(gpu_tests.toolchain, "find_cuda", lambda: "no nvcc found")
     assert gpu_tests.build(tmp_path, tests=False) == []
     assert "build: no nvcc found: Triton's kernels alone" in capsys.readouterr().out
