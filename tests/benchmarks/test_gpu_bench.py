@@ -1,6 +1,7 @@
 """The benchmarks for GPUs, with tensors on the CPU and clocks that are none: every case, peer and bar, the process that
 measures, and the one that watches over it."""
 
+import importlib
 import json
 import sys
 import time
@@ -138,6 +139,16 @@ def test_smallest_case(op, tmp_path):
 def test_small_cases_are_timed_without_peers():
     case = cuda.cases("rms_norm")[-1]
     assert set(cuda.variants(case)) == {"triton", "torch"}
+
+
+def test_choices_are_made_for_their_own_calls_alone(monkeypatch):
+    module, case, seen = importlib.import_module("pyfast.ops.linear_cross_entropy"), case_of("linear_cross_entropy"), []
+    monkeypatch.setattr(cuda, "KERNELS", {"cuda": "torch"})
+    monkeypatch.setattr(case, "call", lambda *inputs: seen.append(module.GPU_LOGITS_BYTES))
+    before, found = module.GPU_LOGITS_BYTES, cuda.variants(case)
+    for name in ("cuda, 512 rows", "cuda"):
+        found[name].call(module)
+    assert seen == [512 * 275_000, before] and "triton, 512 rows" not in found
 
 
 # ---- the check
