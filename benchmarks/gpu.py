@@ -27,10 +27,14 @@ from pathlib import Path
 
 import torch
 
-from . import cuda, end_to_end_gpu, gpu_tests, peers
+from pyfast import dispatch
+
+from . import cuda, end_to_end_gpu, peers
 from .machine import versions
 
 HERE = Path(__file__).resolve().parent
+#: the folder of the package that this module is of: benchmarks in a checkout, pyfast where it is installed
+IMPORTED_FROM = Path(__file__).absolute().parents[len(__package__.split("."))]
 COLUMNS = (
     "case",
     "variant",
@@ -60,6 +64,12 @@ def folder_of(gpu: str) -> Path:
     return HERE / "results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
+def describe() -> dict:
+    """This machine's GPU and the versions that results are of."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return {"gpu": torch.cuda.get_device_name(device), "architecture": dispatch.architecture(device), **versions()}
+
+
 # ---- benchmarks
 START_SECONDS = 120  # in which a process must have imported PyTorch and measured the limits
 STEP_SECONDS = 75  # in which a variant must have been compiled and checked, or timed, or profiled
@@ -67,16 +77,18 @@ STEP_SECONDS = 75  # in which a variant must have been compiled and checked, or 
 
 def bench_command(names: list[str], skip: list[str]) -> list[str]:
     left_out = [word for one in skip for word in ("--skip", one)]
-    return [sys.executable, "-m", "benchmarks.cuda", *names, *left_out]
+    return [sys.executable, "-m", f"{__package__}.cuda", *names, *left_out]
 
 
-def bench(ops: list[str], folder: Path, about: dict, deadline: float) -> list[str]:
+def bench(ops: list[str], folder: Path, about: dict, deadline: float, alone: bool = False) -> list[str]:
     """Measures every case of `ops` until `deadline` (of time.monotonic), saves and prints them; returns what failed.
+    alone: without peers.
 
     The cases run in a process of their own. When a variant takes the GPU with it or never ends, another process goes on
     without that variant.
     """
-    waiting, skip, limits, failed = cuda.plan(ops), [], [], []
+    waiting, limits, failed = cuda.plan(ops), [], []
+    skip = [f"{op}:{peer}" for op in ops for peer in peers.PEERS[op]] if alone else []
     (folder / "bench.log").write_text("")
     rows: dict[str, list[dict]] = {}  # by case
     bars: dict[str, list[dict]] = {}
@@ -130,7 +142,7 @@ def _events(command: list[str], log: Path, deadline: float) -> Iterator[list]:
     the process ends, is ("lost", case, variant, reason); an end of another kind ("ended", reason)."""
     with log.open("a") as out:
         process = subprocess.Popen(
-            command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=out, text=True, start_new_session=True
+            command, cwd=IMPORTED_FROM, stdout=subprocess.PIPE, stderr=out, text=True, start_new_session=True
         )
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -259,11 +271,13 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks.gpu: PyTorch sees no GPU here", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * options.minutes - 20
-    gpu, failed = torch.cuda.get_device_name(), []
-    folder = folder_of(gpu)
+    about, failed = describe(), []
+    folder = folder_of(about["gpu"])
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"gpu": gpu, **versions()} | ({"commit": options.commit} if options.commit else {})
+    about |= {"commit": options.commit} if options.commit else {}
     print(about, flush=True)
+    from . import gpu_tests  # a checkout has what it builds and tests; `pyfast tune` needs neither
+
     failed += gpu_tests.build(folder, tests=not options.no_tests)
     if not options.no_tests:
         left = deadline - time.monotonic()

@@ -1,12 +1,15 @@
-"""Times the tiles of the Triton kernels on this GPU and writes the best of them as the table of its architecture.
+"""Times the tiles of the Triton kernels on this GPU, then the backends of every op, and writes the best of both as the
+tables of its architecture.
 
-    pyfast tune [KERNEL ...] [--minutes 9] [--folder kernels]
+    pyfast tune [KERNEL ... | backends] [--minutes 10] [--folder kernels]
 
 For each shape class of a kernel's table (kernels/tiles.py) every tile of SPACE is compared with the one in use: one
 that spills registers, does not fit the GPU or gives another result is passed over, the fastest is kept. The table goes
 to FOLDER/tiles_<architecture>.json after each kernel, which kernels/tiles.py reads; kernels that are not named, or that
-no time was left for, keep their rows. All 1,900 tiles take about 8 minutes with 16 cores, which compile them ahead. It
-is meant for a GPU that nothing else uses; training never tunes.
+no time was left for, keep their rows. Then Triton's kernels, those in CUDA C++ and PyTorch's own are compared on the
+cases of benchmarks/cuda.py, and what is right and fastest goes to FOLDER/backends_<architecture>.json, from which
+dispatch chooses (benchmarks/backends.py). All 1,900 tiles take about 8 minutes with 16 cores, which compile them ahead,
+the backends BACKENDS_MINUTES. It is meant for a GPU that nothing else uses; training never tunes.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import math
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -27,8 +31,9 @@ import torch
 
 from pyfast import dispatch
 
-from .machine import versions
+from . import backends, cuda, gpu
 
+BACKENDS, BACKENDS_MINUTES = "backends", 2.0
 _BLOCKS = {"BLOCK": [512, 1024, 2048, 4096, 8192], "num_warps": [4, 8, 16]}
 _TILE = {"num_warps": [4, 8], "num_stages": [1, 2, 3, 4]}
 #: kernel -> option -> values; the tiles tried are all combinations. What the bars of benchmarks/cuda.py need first
@@ -276,32 +281,36 @@ def unavailable() -> str | None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="pyfast tune", description=__doc__.split("\n\n")[0])
-    parser.add_argument("kernels", nargs="*", metavar="kernel", help=f"of {', '.join(SPACE)}; all without any")
+    names = f"of {', '.join(SPACE)}, or backends; all without any"
+    parser.add_argument("kernels", nargs="*", metavar="kernel", help=names)
     folder = Path(__file__).resolve().parents[1] / "kernels"
     parser.add_argument("--folder", type=Path, default=folder, help="where the table goes (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what it may take (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="what it may take (%(default)s)")
     options = parser.parse_args(argv)
     for kernel in options.kernels:
-        if kernel not in SPACE:
-            parser.error(f"there is no kernel {kernel!r}: choose from {', '.join(SPACE)}")
+        if kernel not in (*SPACE, BACKENDS):
+            parser.error(f"there is no kernel {kernel!r}: choose from {', '.join(SPACE)}, or {BACKENDS}")
     reason = unavailable()
     if reason is not None:
         print(f"pyfast tune: tiles are timed on a GPU, which cannot be done here: {reason}", file=sys.stderr)
         sys.exit(2)
     from triton.runtime.driver import driver
 
-    from pyfast.kernels import launch
-
-    deadline = time.monotonic() + 60 * options.minutes
-    device = torch.device("cuda", torch.cuda.current_device())
-    architecture, found = launch.architecture(device), torch.cuda.get_device_properties(device)
-    machine = {"gpu": found.name, **versions()}
-    target = driver.active.get_current_target()
-    left_out = tune(options.kernels or list(SPACE), device, target, options.folder, machine, deadline)
-    if left_out:
-        print(f"no time was left for: {', '.join(left_out)}")
-    path = options.folder / f"tiles_{architecture}.json"
-    print(f"written to {path}; run the tests on this GPU before you commit it")
+    chosen, written = options.kernels or [*SPACE, BACKENDS], []
+    kernels, end = [name for name in chosen if name != BACKENDS], time.monotonic() + 60 * options.minutes
+    device, about = torch.device("cuda", torch.cuda.current_device()), gpu.describe()
+    if kernels:
+        deadline = end - 60 * BACKENDS_MINUTES * (BACKENDS in chosen)
+        left_out = tune(kernels, device, driver.active.get_current_target(), options.folder, about, deadline)
+        if left_out:
+            print(f"no time was left for: {', '.join(left_out)}")
+        written.append(options.folder / f"tiles_{about['architecture']}.json")
+    if BACKENDS in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            failed = gpu.bench(list(cuda.CASES), Path(folder), about, end, alone=True)
+            written.append(backends.write(Path(folder), options.folder))
+        print("\n".join(failed))
+    print(f"written to {' and '.join(map(str, written))}; run the tests on this GPU before you commit it")
 
 
 def tune(kernels: list[str], device: torch.device, target, folder: Path, machine: dict, deadline: float) -> list[str]:

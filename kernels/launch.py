@@ -5,11 +5,11 @@ it as that op of the namespace pyfast_triton. It allocates the results, picks a 
 """
 
 import contextlib
-import functools
 import importlib
 
 import torch
 
+from pyfast import dispatch
 from pyfast.kernels.tiles import TILES
 
 _MODULES = (
@@ -31,14 +31,9 @@ def launchers() -> dict:
     return _launchers
 
 
-@functools.cache
 def architecture(device: torch.device) -> str:
     """The name of a device in the tile tables: "interpreter", "sm_90", "gfx942"."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return "interpreter" if device.type == "cpu" else dispatch.architecture(device)
 
 
 def tile(kernel, device: torch.device, size: int = 0, variant: str = "") -> dict:

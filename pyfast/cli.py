@@ -63,7 +63,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_ON)
 def tune(context: typer.Context) -> None:
-    """Time the Triton kernels' tiles on this GPU and write the table of its architecture (--help lists the kernels)."""
+    """Check and time tiles and backends on this GPU, and write its architecture's tables (--help lists the kernels)."""
     from pyfast.benchmarks.tune import main
 
     main(context.args)

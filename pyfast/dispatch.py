@@ -1,13 +1,14 @@
 """The only place where a backend is chosen.
 
 `TABLE` gives, per op and device type, the backends in order of preference; the first that can serve the call is taken.
-The order is set by measurements (benchmarks/NOTES.md). `SMALL` gives the calls that are so small that PyTorch serves
-them faster. `use_backend` overrides both, and raises where the backend named cannot serve the call: it never falls
-through to another one.
+The order is set by measurements (benchmarks/NOTES.md), on GPUs of each architecture by itself (`pyfast tune`). `SMALL`
+gives the calls that are so small that PyTorch serves them faster. `use_backend` overrides both, and raises where the
+backend named cannot serve the call: it never falls through to another one.
 """
 
 import contextlib
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -32,10 +33,10 @@ BACKENDS = {
 #: dtypes that the native kernels are written for
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: op -> device type -> backends, best first. A device type that is not listed gets "torch". A backend that stands in
-#: one of an op's rows has kernels for it: use_backend may ask for them on every device type that the backend serves,
-#: and for the emulator where "cuda" does.
-#: On a GPU torch stands first until the others were run and measured on one, and the CUDA kernels last.
+#: op -> device type, or architecture of a GPU -> backends, best first. A device type that is not listed gets "torch". A
+#: backend that stands in one of an op's rows has kernels for it: use_backend may ask for them on every device type that
+#: the backend serves, and for the emulator where "cuda" does.
+#: On a GPU torch stands first until the others were run and measured on its architecture: kernels/backends_*.json.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "attention_varlen": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
@@ -52,6 +53,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "lora_mlp": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton", "cuda")},
     "dropout": {"cpu": ("cpu", "torch"), "cuda": ("torch", "triton")},
 }
+
+#: the architectures that have rows of their own
+MEASURED: set[str] = set()
+for _file in (Path(__file__).parent / "kernels").glob("backends_*.json"):
+    MEASURED.add(_architecture := _file.stem.removeprefix("backends_"))
+    for _op, _backends in json.loads(_file.read_text())["backends"].items():
+        TABLE[_op][_architecture] = tuple(_backends)
 
 #: op -> device type -> dtype -> the size of a call below which "torch" serves it: there, what surrounds a kernel
 #: (checks, a node of autograd in Python, threads to wake) costs more than the kernel gains over PyTorch's operators.
@@ -71,6 +79,8 @@ SMALL: dict[str, dict[str, dict[torch.dtype, int]]] = {
 MATRIX_OPS = ("attention", "attention_varlen", "linear_cross_entropy", "lora_linear", "lora_linears", "lora_mlp")
 
 _overrides: dict[str | None, str] = {}
+
+_architectures: dict[torch.device, str] = {}
 
 
 def load_library(name: str, what: str, how: str) -> str | None:
@@ -159,6 +169,23 @@ def refusal(backend: str, op: str, tensor: torch.Tensor) -> str | None:
     return None
 
 
+def architecture(device: torch.device) -> str:
+    """Of a GPU, as tables name it: "sm_90", "gfx942"."""
+    if device not in _architectures:
+        found = torch.cuda.get_device_properties(device)
+        name = found.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+        _architectures[device] = name
+    return _architectures[device]
+
+
+def row(op: str, device: torch.device) -> tuple[str, ...]:
+    """The backends of an op on a device, best first."""
+    rows = TABLE[op]
+    if MEASURED and device.type == "cuda" and architecture(device) in rows:
+        return rows[architecture(device)]
+    return rows.get(device.type, ())
+
+
 def choose(op: str, tensor: torch.Tensor, size: int | None = None) -> str:
     """The backend for one call of `op`, decided by the device and dtype of its main tensor.
 
@@ -177,10 +204,9 @@ def choose(op: str, tensor: torch.Tensor, size: int | None = None) -> str:
             if reason is not None:
                 raise ValueError(f"pyfast.ops.{op}: backend {forced!r} was asked for, but {reason}")
             return forced
-    device = tensor.device.type
-    if size is not None and not compiling and size < small_below(op, device, tensor.dtype):
+    if size is not None and not compiling and size < small_below(op, tensor.device.type, tensor.dtype):
         return "torch"
-    for backend in TABLE[op].get(device, ()):
+    for backend in row(op, tensor.device):
         if refusal(backend, op, tensor) is None:
             return backend
     return "torch"
@@ -195,7 +221,7 @@ def explain(op: str, tensor: torch.Tensor) -> tuple[str, list[tuple[str, str]]]:
     """The backend that `choose` takes for calls that are not small, and (backend, reason) for each better one that it
     passed over."""
     passed_over = []
-    for backend in TABLE[op].get(tensor.device.type, ()):
+    for backend in row(op, tensor.device):
         reason = refusal(backend, op, tensor)
         if reason is None:
             break

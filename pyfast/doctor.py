@@ -71,7 +71,7 @@ def backends() -> list[tuple[str, str, str, str]]:
         tensor = torch.empty(1, device=device)
         for op in sorted(dispatch.TABLE):
             backend, passed_over = dispatch.explain(op, tensor)
-            first = next(iter(dispatch.TABLE[op].get(device, ())), "torch")
+            first = next(iter(dispatch.row(op, tensor.device)), "torch")
             why = "; ".join(f"not {name}: {reason}" for name, reason in passed_over)
             why = [why] if why else ["first in the table"] if backend == first else []
             rows.append((op, device, backend, "; ".join(why + small_calls(op, device) * (backend != "torch"))))

@@ -200,3 +200,15 @@ def test_second_derivative_of_a_small_call(chosen):
     x = draw(1, 40)
     (dx,) = torch.autograd.grad(ops.cross_entropy(x, torch.tensor([3])), x, create_graph=True)
     assert chosen == ["torch"] and torch.autograd.grad(dx.square().sum(), x)[0].abs().max() > 0
+
+
+def test_a_measured_architecture_has_a_row_of_its_own(monkeypatch):
+    """Other architectures keep that of all GPUs."""
+    monkeypatch.setitem(dispatch.TABLE["swiglu"], "sm_90", ("triton", "torch"))
+    monkeypatch.setattr(dispatch, "MEASURED", {"sm_90"})
+    a, b, cpu = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
+    monkeypatch.setattr(dispatch, "_architectures", {a: "sm_90", b: "sm_80"})
+    assert dispatch.row("swiglu", a) == ("triton", "torch")
+    assert dispatch.row("swiglu", b) == dispatch.TABLE["swiglu"]["cuda"]
+    assert dispatch.row("geglu", a) == dispatch.TABLE["geglu"]["cuda"]
+    assert dispatch.row("swiglu", cpu) == dispatch.TABLE["swiglu"]["cpu"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import end_to_end_gpu as benchmark
-from benchmarks import gpu, readme
+from benchmarks import gpu, gpu_tests, readme
 from pyfast import dispatch
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -220,7 +220,7 @@ def test_named_parts_of_make_gpu(monkeypatch, tmp_path, capsys):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(gpu.gpu_tests, "build", lambda *_, **__: [])
+    monkeypatch.setattr(gpu_tests, "build", lambda *_, **__: [])
     monkeypatch.setattr(gpu, "folder_of", lambda name: tmp_path / name)
     monkeypatch.setattr(gpu, "bench", lambda *_: pytest.fail("ops were measured"))
     monkeypatch.setitem(gpu.PARTS, "end_to_end", lambda *arguments: asked.append(arguments) or ["one failed"])

@@ -1,0 +1,69 @@
+"""Which backend serves each op on an architecture, from what was measured there: `pyfast tune` ends with this.
+
+    python -m benchmarks.backends benchmarks/results/nvidia-h100-80gb-hbm3 [--folder kernels]
+
+RESULTS holds the JSON files of `python -m benchmarks.gpu`. FOLDER/backends_<architecture>.json is what dispatch reads:
+for each op the backends that are faster than PyTorch, fastest first, then "torch". A backend that was wrong or did not
+run in one of the cases is left out, and ops without results keep their row.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from . import cuda, gpu
+
+FOLDER = Path(__file__).resolve().parents[1] / "kernels"
+
+
+def order(rows: list[dict]) -> list[str]:
+    """Of the rows of an op: its backends, by the geometric mean over its cases of their time over PyTorch's."""
+    cases = [gpu.as_called(rows, case) for case in dict.fromkeys(row["case"] for row in rows)]
+    everywhere = [name for name in cuda.OURS if all(name in ms for ms in cases)]
+    if "torch" not in everywhere:
+        raise ValueError(f"{rows[0]['op']}: PyTorch was not timed in every case")
+    ratio = {name: math.prod(ms[name] / ms["torch"] for ms in cases) ** (1 / len(cases)) for name in everywhere}
+    return sorted((name for name in everywhere if ratio[name] <= 1), key=ratio.get)
+
+
+def write(results: Path, folder: Path) -> Path:
+    """Writes the table of the architecture that `results` are of; raises ValueError where they are of none or of
+    several."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    found = [one for one in found if one.get("architecture") and one.get("rows")]
+    architectures = {one["architecture"] for one in found}
+    if len(architectures) != 1:
+        held = f"those of {' and '.join(sorted(architectures))}" if found else "none"
+        raise ValueError(
+            f"{results} must hold the results of one GPU's ops (python -m benchmarks.gpu), it holds {held}"
+        )
+    architecture = architectures.pop()
+    path = folder / f"backends_{architecture}.json"
+    backends = json.loads(path.read_text())["backends"] if path.exists() else {}
+    backends |= {one["rows"][0]["op"]: order(one["rows"]) for one in found}
+    machine = {key: value for key, value in found[0].items() if isinstance(value, str)}
+    lines = [f'  "{op}": {json.dumps(backends[op])}' for op in sorted(backends)]
+    lines = [f' "machine": {json.dumps(machine)},', ' "backends": {', ",\n".join(lines), " }"]
+    path.write_text("\n".join(["{", *lines, "}"]) + "\n")
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.backends", description=__doc__.split("\n\n")[0])
+    parser.add_argument("results", type=Path, help="a folder of results")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the table goes (%(default)s)")
+    options = parser.parse_args(argv)
+    try:
+        path = write(options.results, options.folder)
+    except ValueError as error:
+        print(f"benchmarks.backends: {error}", file=sys.stderr)
+        return 2
+    print(path.read_text(), end="")
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
