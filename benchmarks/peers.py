@@ -187,7 +187,7 @@ def _peft_layers(adapter_dtype):
     def prepare(m, x, *weights):
         layers, parameters = [], [x]
         for weight, a, b in projections(weights):
-            model = torch.nn.Sequential(torch.nn.utils.skip_init(torch.nn.Linear, *weight.shape[::-1], bias=False))
+            model = torch.nn.Sequential(torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta"))
             model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
             rank = a.shape[0]
             config = m.LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=["0"])
