@@ -2,7 +2,8 @@
 
 A peer is a module and a call of it; the module is imported when the peer is first called, and one that is not installed
 or fails is named with the reason. Each call was read against the source of these releases: Liger-Kernel 0.8.5,
-cut-cross-entropy 25.1.1, QuACK 0.6.5, Unsloth 2026.10.9, PEFT 0.21.2, torch 2.11 and 2.13 (flash-attn: its README).
+cut-cross-entropy 25.1.1, QuACK 0.6.5 and 0.2.4 (which has no rope, and makes a frozen head's gradient too), Unsloth
+2026.10.9, PEFT 0.21.2, torch 2.11 and 2.13 (flash-attn: its README).
 """
 
 import contextlib
