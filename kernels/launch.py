@@ -55,6 +55,7 @@ def power_of_two(n: int) -> int:
 
 #: what a launch depends on, but for addresses -> (the compiled kernel, the constants that it takes as arguments)
 _compiled: dict[tuple, tuple] = {}
+_PLAIN = {int, float, bool, type(None)}  # most of all arguments, and looked for first
 #: shapes may never repeat
 _MOST_COMPILED = 4096
 
@@ -63,12 +64,12 @@ def _traits(arguments, found: list) -> None:
     """Appends of every argument all that Triton may compile for: the values of numbers, and of tensors the dtype and
     the alignment."""
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            found += (argument.dtype, argument.device, argument.data_ptr() % 16)
+        if type(argument) in _PLAIN:
+            found.append(argument)
         elif isinstance(argument, tuple):
             _traits(argument, found)
         else:
-            found.append(argument)
+            found += (argument.dtype, argument.device, argument.data_ptr() % 16)
 
 
 def run(kernel, programs: int, *arguments, **constants):
