@@ -4,8 +4,7 @@ benchmarks/cuda.py.
 
     python -m benchmarks.gpu [OP ...] [--no-tests] [--no-bench] [--minutes 8]      or: make gpu, make gpu-bench OP=...
 
-Run only where they are named: OP=end_to_end, whole training steps (benchmarks/end_to_end_gpu.py), and OP=loss_curve, a
-run of 300 steps on real text beside stock (benchmarks/loss_curve.py).
+OP=end_to_end, which is run only where it is named, is benchmarks/end_to_end_gpu.py: whole training steps.
 
 Results go to benchmarks/results/<gpu>/<op>.json and .md, the logs of tests to <which>.log beside them. What no time was
 left for is named. At the end come the fastest backend of each case, the bars with what misses them, and the failures,
@@ -30,7 +29,7 @@ import torch
 
 from pyfast import dispatch
 
-from . import cuda, end_to_end_gpu, loss_curve, peers
+from . import cuda, end_to_end_gpu, peers
 from .machine import versions
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +56,7 @@ COLUMNS = (
 
 
 #: parts that run only where they are named: (folder, about, deadline) -> what failed
-PARTS = {"end_to_end": end_to_end_gpu.run, "loss_curve": loss_curve.run}
+PARTS = {"end_to_end": end_to_end_gpu.run}
 
 
 def folder_of(gpu: str) -> Path:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
 import toolchain  # noqa: E402
 
-BUILD_SECONDS = 180
+BUILD_SECONDS = 240
 #: of the machine's processors, those that are left to the sanitizers and to what starts the tests
 SPARED = 3
 #: compute-sanitizer's tools. Of its findings those of racecheck need a look at the kernel: before release 2026.1 it
@@ -132,6 +132,7 @@ def run_tests(folder: Path, seconds: float) -> list[str]:
 
 def start(folder: Path, name: str, command: list[str]) -> subprocess.Popen:
     environment = os.environ | {"COLUMNS": "240", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment |= {"PYTHONUNBUFFERED": "1"}  # what a process that is killed has said must not be lost
     if name in SANITIZERS:  # memory that torch keeps would hide what lies outside of a tensor
         environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with (folder / f"{name}.log").open("w") as log:
@@ -179,8 +180,8 @@ def _stop(process: subprocess.Popen) -> None:
 def _told(lines: list[str]) -> str:
     """pytest's and compute-sanitizer's last words."""
     said = [line for line in lines if re.search(r"\d+ (passed|failed|error|skipped|deselected)|no tests ran", line)]
-    said = [*said[-1:], *(line.strip("= ") for line in lines if "SUMMARY:" in line)]
-    return "; ".join(said or lines[-1:] or ["no output"])
+    said = [*said[-1:], *(line for line in lines if "SUMMARY:" in line)]
+    return "; ".join(line.strip("= ") for line in said or lines[-1:] or ["no output"])
 
 
 def failures(lines: list[str]) -> list[str]:
