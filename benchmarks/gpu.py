@@ -90,9 +90,15 @@ def bench(ops: list[str], folder: Path, about: dict, deadline: float, alone: boo
     waiting, limits, failed = cuda.plan(ops), [], []
     skip = [f"{op}:{peer}" for op in ops for peer in peers.PEERS[op]] if alone else []
     (folder / "bench.log").write_text("")
+    labels = {f"{op}:{i}": (op, case.label) for op in ops for i, case in enumerate(cuda.cases(op))}
     rows: dict[str, list[dict]] = {}  # by case
     bars: dict[str, list[dict]] = {}
-    labels = {f"{op}:{i}": (op, case.label) for op in ops for i, case in enumerate(cuda.cases(op))}
+    lost: dict[str, dict[str, str]] = {op: {} for op in ops}  # variant -> reason
+
+    def of(op, found):  # what was found of an op, in the order of its cases
+        return [one for name in labels if labels[name][0] == op for one in found.get(name, [])]
+
+    about = {**about, "peers": peers.versions(), "limits": limits}
     while waiting and time.monotonic() < deadline:
         before, ended = (len(waiting), len(skip)), ""
         for event, *found in _events(bench_command(waiting, skip), folder / "bench.log", deadline):
@@ -100,10 +106,13 @@ def bench(ops: list[str], folder: Path, about: dict, deadline: float, alone: boo
                 limits += found
                 print(f"limits: {found[0]}", flush=True)
             elif event == "done":
-                name, measured, bars[name] = found
-                rows[name] = measured + rows.get(name, [])
+                name, rows[name], bars[name] = found
                 waiting.remove(name)
+                op, label = labels[name]
+                for variant, reason in lost[op].items():
+                    rows[name].append({"op": op, "case": label, "variant": variant, "not_run": reason})
                 print(_line(rows[name]), flush=True)
+                save(folder, op, of(op, rows), of(op, bars), about)  # at once: whatever ends this run
             elif event == "failed":
                 name, reason = found
                 waiting.remove(name)
@@ -111,27 +120,23 @@ def bench(ops: list[str], folder: Path, about: dict, deadline: float, alone: boo
             elif event == "lost":
                 name, variant, reason = found
                 op, label = labels[name]
-                if variant not in ("torch", cuda.TRUTH):
-                    skip.append(f"{op}:{variant}")
-                    row = {"op": op, "case": label, "variant": variant, "not_run": reason}
-                    rows.setdefault(name, []).append({**row, "failed": cuda.is_ours(variant)})
-                else:  # PyTorch itself
+                if variant in ("torch", cuda.TRUTH):
                     waiting.remove(name)
+                else:
+                    skip.append(f"{op}:{variant}")
+                    lost[op][variant] = f"{reason}, in {label}"
+                if variant == cuda.TRUTH or cuda.is_ours(variant):
                     failed.append(f"{op} {label}: {variant}: {reason}")
             elif event == "ended":
                 ended = found[0]
         if (len(waiting), len(skip)) == before and time.monotonic() < deadline:
             failed.append(f"benchmarks: {ended or 'nothing was measured'}, see {folder / 'bench.log'}")
             break
-    about = {**about, "peers": peers.versions(), "limits": limits}
-    for op in ops:
-        names = [name for name in labels if labels[name][0] == op]
-        measured = [row for name in names for row in rows.get(name, [])]
-        verdicts = [verdict for name in names for verdict in bars.get(name, [])]
-        failed += [f"{op} {r['case']}: {r['variant']}: {r['not_run']}" for r in measured if r.get("failed")]
-        if measured:
-            save(folder, op, measured, verdicts, about)
-    _summarise([row for name in labels for row in rows.get(name, [])], [v for n in labels for v in bars.get(n, [])])
+    measured = [row for op in ops for row in of(op, rows)]
+    for op in {row["op"]: None for row in measured}:
+        save(folder, op, of(op, rows), of(op, bars), about)  # with the last limits
+    failed += [f"{r['op']} {r['case']}: {r['variant']}: {r['not_run']}" for r in measured if r.get("failed")]
+    _summarise(measured, [verdict for op in ops for verdict in of(op, bars)])
     if waiting:
         print(f"no time was left for: {'; '.join(' '.join(labels[name]) for name in waiting)}", flush=True)
     return failed

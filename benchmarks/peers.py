@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SCALING = 2.0  # of every adapter
 
-#: the distributions whose versions stand beside the results
+#: the distributions whose versions stand beside the results, the libraries of PyTorch's kernels among them
 PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
@@ -32,6 +32,8 @@ PACKAGES = (
     "flash-attn",
     "peft",
     "triton",
+    "nvidia-cublas",
+    "nvidia-cudnn-cu13",
 )
 
 

@@ -459,10 +459,10 @@ def test_lost_variants_are_left_out(monkeypatch, tmp_path, capsys):
     real = gpu.bench_command
     monkeypatch.setattr(gpu, "bench_command", lambda names, skip: [sys.executable, "-c", FAKE, *real(names, skip)[3:]])
     failed = gpu.bench(["swiglu"], tmp_path, {}, time.monotonic() + 60)
-    assert failed == ["swiglu 8 × 8: torch: out of order", "swiglu 20 × 64: triton: no end after 1 s"]
+    assert failed == ["swiglu 20 × 64: triton: no end after 1 s", "swiglu 8 × 8: torch: out of order"]
     rows = {row["variant"]: row for row in json.loads((tmp_path / "swiglu.json").read_text())["rows"]}
-    assert rows["liger"]["not_run"] == "its process ended with 3" and "ms" in rows["torch"]
-    assert "not run: liger (swiglu): its process ended with 3" in capsys.readouterr().out
+    assert rows["liger"]["not_run"] == "its process ended with 3, in 20 × 64" and "ms" in rows["torch"]
+    assert "not run: liger (swiglu): its process ended with 3, in 20 × 64" in capsys.readouterr().out
 
 
 def test_time_and_processes_that_never_start(monkeypatch, tmp_path, capsys):
