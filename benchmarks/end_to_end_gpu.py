@@ -819,14 +819,14 @@ def run(folder: Path, about: dict, deadline: float) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from .gpu import folder_of
+    from . import gpu
 
     options = parse(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.end_to_end_gpu: PyTorch sees no GPU here", file=sys.stderr)
         return 2
-    gpu = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    failed = bench(options.models, folder_of(gpu), {"gpu": gpu, **machine.versions()}, options)
+    about = gpu.describe() if options.device == "cuda" else {"gpu": "cpu", **machine.versions()}
+    failed = bench(options.models, gpu.folder_of(about["gpu"]), about, options)
     for line in failed:
         print(line)
     return 1 if failed else 0

@@ -4,7 +4,8 @@ benchmarks/cuda.py.
 
     python -m benchmarks.gpu [OP ...] [--no-tests] [--no-bench] [--minutes 8]      or: make gpu, make gpu-bench OP=...
 
-OP=end_to_end, which is run only where it is named, is benchmarks/end_to_end_gpu.py: whole training steps.
+Run only where they are named: OP=end_to_end, whole training steps (benchmarks/end_to_end_gpu.py), and OP=loss_curve, a
+run of 300 steps on real text beside stock (benchmarks/loss_curve.py).
 
 Results go to benchmarks/results/<gpu>/<op>.json and .md, the logs of tests to <which>.log beside them. What no time was
 left for is named. At the end come the fastest backend of each case, the bars with what misses them, and the failures,
@@ -29,7 +30,7 @@ import torch
 
 from pyfast import dispatch
 
-from . import cuda, end_to_end_gpu, peers
+from . import cuda, end_to_end_gpu, loss_curve, peers
 from .machine import versions
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +57,7 @@ COLUMNS = (
 
 
 #: parts that run only where they are named: (folder, about, deadline) -> what failed
-PARTS = {"end_to_end": end_to_end_gpu.run}
+PARTS = {"end_to_end": end_to_end_gpu.run, "loss_curve": loss_curve.run}
 
 
 def folder_of(gpu: str) -> Path:

@@ -8,7 +8,7 @@ that spills registers, does not fit the GPU or gives another result is passed ov
 to FOLDER/tiles_<architecture>.json after each kernel, which kernels/tiles.py reads; kernels that are not named, or that
 no time was left for, keep their rows. Then Triton's kernels, those in CUDA C++ and PyTorch's own are compared on the
 cases of benchmarks/cuda.py, and what is right and fastest goes to FOLDER/backends_<architecture>.json, from which
-dispatch chooses (benchmarks/backends.py). All 1,900 tiles take about 8 minutes with 16 cores, which compile them ahead,
+dispatch chooses (benchmarks/backends.py). All 1,800 tiles take about 8 minutes with 16 cores, which compile them ahead,
 the backends BACKENDS_MINUTES. It is meant for a GPU that nothing else uses; training never tunes.
 """
 
@@ -72,8 +72,9 @@ SPACE: dict[str, dict[str, list[int]]] = {
     "attention_dbias_kernel": {"BLOCK_M": [32, 64, 128], "BLOCK_N": [16, 32, 64], **_TILE},
 }
 SPACE["matmul_kernel with dropout"] = SPACE["matmul_kernel"]
-#: threads in a program, and elements of a tile that its kernel holds at a time: more of either is not tried
-MOST_THREADS, MOST_ELEMENTS = 1024, 64 * 1024
+#: threads in a program, elements of a tile that its kernel holds at a time, and those of a thread, which has 255
+#: registers: more of any is not tried. What spills takes longest to compile.
+MOST_THREADS, MOST_ELEMENTS, MOST_PER_THREAD = 1024, 64 * 1024, 128
 #: the share of the time in use that a tile must save to replace it: less is noise
 WORTH = 0.02
 
@@ -86,7 +87,8 @@ def candidates(kernel: str, size: int, warp_size: int) -> list[dict[str, int]]:
         tile = dict(zip(space, values, strict=True))
         width = tile.get("BLOCK", size if "BLOCK_M" not in tile else 1)  # without a block, a program holds whole rows
         elements = tile.get("ROWS", 1) * width * tile.get("BLOCK_M", 1) * tile.get("BLOCK_N", 1)
-        if tile["num_warps"] * warp_size > MOST_THREADS or elements > MOST_ELEMENTS:
+        threads = tile["num_warps"] * warp_size
+        if threads > MOST_THREADS or elements > min(MOST_ELEMENTS, MOST_PER_THREAD * threads):
             continue
         if kernel.startswith("matmul_kernel"):
             narrow = size <= 64  # one tile wide, and its sums over rows are split

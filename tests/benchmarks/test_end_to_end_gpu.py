@@ -219,7 +219,7 @@ def test_named_parts_of_make_gpu(monkeypatch, tmp_path, capsys):
     """They run where they are named, and no op beside them."""
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(gpu, "describe", lambda: {"gpu": "none"})
     monkeypatch.setattr(gpu_tests, "build", lambda *_, **__: [])
     monkeypatch.setattr(gpu, "folder_of", lambda name: tmp_path / name)
     monkeypatch.setattr(gpu, "bench", lambda *_: pytest.fail("ops were measured"))
