@@ -685,6 +685,7 @@ def measure(name: str, variants: list[str], options: argparse.Namespace, start: 
     """The rows of one model."""
     turns = Turns(name, options.forms, options.device, options.deadline, options.patience)
     workers = {variant: Worker(options.device, start) for variant in variants}
+    products(name)  # while they import
     try:
         groups = [variants] if MODELS[name].together else [[variant] for variant in variants]
         for group in groups:

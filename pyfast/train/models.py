@@ -115,6 +115,20 @@ def add_adapters(model: PreTrainedModel, args: FinetuneArguments, task: Task):
     return model
 
 
+def place(model: torch.nn.Module, args: FinetuneArguments) -> list[str]:
+    """Moves the model to the device that trains it, so that it is patched for that; what the user should know of it.
+
+    Of several processes each leaves its model to accelerate, which may shard it.
+    """
+    notes, found = [], args.n_gpu
+    if found > 1:  # Trainer would split every batch among them by nn.DataParallel, packed rows and boundaries too
+        args._n_gpu = 1
+        notes.append(f"one of {found} GPUs is used: torchrun or accelerate launch starts a process for each")
+    if args.world_size == 1:
+        model.to(args.device)
+    return notes
+
+
 def freeze(model: torch.nn.Module, pattern: str) -> int:
     """Stop training every parameter whose name the regular expression finds; how many they were."""
     found = [p for name, p in model.named_parameters() if re.search(pattern, name)]

@@ -142,6 +142,7 @@ def run(args: FinetuneArguments, console: Console | None = None) -> FinetuneResu
         model = models.add_adapters(model, args, task)
     if args.freeze:
         models.freeze(model, args.freeze)
+    splits.notes += models.place(model, args)
     report = swap(model, args, args.keep_logits)
     if args.packing:
         args.include_num_input_tokens_seen = "all"  # a packed batch has no padding

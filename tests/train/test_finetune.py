@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import pyfast
 from pyfast.train import InputError
+from pyfast.train.models import place
 
 RUN = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "disable_tqdm": True, "dtype": "float32", "seed": 1}
 
@@ -216,3 +218,14 @@ def test_an_unknown_family_trains_with_a_report_and_strict_refuses(files, models
     with pytest.raises(InputError, match="--strict"):
         finetune(str(folder), files["pairs"], tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()
+
+
+@pytest.mark.parametrize("gpus, processes", [(0, 1), (1, 1), (3, 1), (1, 2)])
+def test_a_model_is_patched_where_it_is_trained(gpus, processes):
+    """The report names the kernels of that device; a machine's further GPUs are left to processes of their own."""
+    args = SimpleNamespace(n_gpu=gpus, _n_gpu=gpus, world_size=processes, device=torch.device("meta"))
+    model = torch.nn.Linear(2, 2)
+    notes = place(model, args)
+    assert model.weight.device.type == ("meta" if processes == 1 else "cpu")
+    assert args._n_gpu == min(gpus, 1)
+    assert [note.split(":")[0] for note in notes] == (["one of 3 GPUs is used"] if gpus == 3 else [])
