@@ -2,6 +2,7 @@
 measures, and the one that watches over it."""
 
 import importlib
+import itertools
 import json
 import sys
 import time
@@ -203,6 +204,29 @@ def test_wrong_kernels_are_not_timed(op, monkeypatch):
     assert "error rule" in rows["triton"]["not_run"] and rows["triton"]["failed"] and "ms" not in rows["triton"]
     assert "not_run" in rows["peer"] and not rows["peer"]["failed"]
     assert "ms" in rows["torch"]
+
+
+def test_races_are_not_timed(monkeypatch):
+    """An error too small for the error rule, which comes and goes."""
+    case, runs = case_of("swiglu"), itertools.count()
+    flicker = cuda.Peer("torch", lambda m, gate, up: case.call(gate, up) * (1 + next(runs) % 2 * 2**-8))
+    found = cuda.variants(case)
+    monkeypatch.setattr(cuda, "KERNELS", {"triton": "torch"})
+    monkeypatch.setattr(cuda, "variants", lambda case: {"triton": flicker, "torch": found["torch"]})
+    row = cuda.measure(case, LIMITS, Cpu(), rounds=1)[0]
+    assert row["not_run"] == "gives other bits in a second run: a race" and row["failed"]
+
+
+def test_the_truth_has_the_same_incoming_gradient():
+    case = case_of("swiglu")
+    inputs = case.inputs()
+    steps = [
+        cuda.Step(cuda.variants(case)["torch"], x)
+        for x in (inputs, tuple(t.detach().float().requires_grad_() for t in inputs))
+    ]
+    for step in steps:
+        step.both()
+    assert torch.equal(steps[0].cotangents[0].float(), steps[1].cotangents[0])
 
 
 def test_a_variant_that_raises_is_named(monkeypatch):
