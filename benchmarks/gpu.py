@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     failed += gpu_tests.build(folder, tests=not options.no_tests)
     if not options.no_tests:
         left = deadline - time.monotonic()
-        failed += gpu_tests.run_tests(folder, left if options.no_bench else left / 2)
+        failed += gpu_tests.run_tests(folder, left if options.no_bench else left / 2, everything=options.no_bench)
     if not options.no_bench:
         ops = [op for op in options.ops or cuda.CASES if op in cuda.CASES]
         failed += bench(ops, folder, about, deadline) if ops else []
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
             failed += PARTS[part](folder, about, deadline)
     print(f"results in {folder}")
     for line in failed[:40]:
-        print(line[:300])
+        print(line[:200])
     print(f"{len(failed)} failed" if failed else "nothing failed")
     return 1 if failed else 0
 

@@ -4,6 +4,7 @@ tensors made on the GPU."""
 import collections
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,31 @@ def lost() -> str | None:
     return None
 
 
+def begun(item) -> Path | None:
+    """A file that stands for the test while it runs, where pytest-xdist replaces a process that was lost to one."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return None
+    folder = Path(tempfile.gettempdir()) / f"pyfast-{run}"
+    folder.mkdir(exist_ok=True)
+    backend = item.callspec.params["kernel"] if hasattr(item, "callspec") and "kernel" in item.callspec.params else ""
+    return folder / f"{item.path.stem}.{item.originalname}.{backend}.{os.getpid()}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A kernel that hangs would take a minute of a process for each of its tests: three have shown enough."""
+    file = begun(item)
+    if file is None:
+        return
+    lost_before = [
+        other for other in file.parent.glob(f"{file.stem}.*") if not Path("/proc", other.suffix[1:]).exists()
+    ]
+    if len(lost_before) >= 3:
+        pytest.fail("not run: three processes were lost to this function before", pytrace=False)
+    file.touch()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
@@ -73,6 +99,8 @@ def pytest_runtest_teardown(item):
         os._exit(1)
     if reason:
         pytest.exit(reason, returncode=1)
+    if file := begun(item):
+        file.unlink(missing_ok=True)
 
 
 def _order(items):
@@ -102,5 +130,5 @@ def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.hasplugin("timeout"):
         for item in here:  # nothing is compiled for these: a kernel that hangs is known sooner
             if item not in left_out and item.callspec.params["kernel"] == "cuda":
-                item.add_marker(pytest.mark.timeout(60))
+                item.add_marker(pytest.mark.timeout(90))
     items[:] = [item for item in items if item not in here] + sorted(set(here) - left_out, key=_order(here))
