@@ -377,6 +377,7 @@ class Step:
 
 def exact(case: Case, inputs: tuple) -> list[torch.Tensor]:
     """What PyTorch computes of these inputs in fp32."""
+    torch.set_float32_matmul_precision("highest")  # whatever a peer's import has set
     wide = tuple(x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs)
     return Step(variants(case)["torch"], wide).results()
 

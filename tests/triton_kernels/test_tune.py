@@ -67,6 +67,17 @@ def test_one_class_where_one_tile_is_best():
     assert [(row["up_to"], row["tile"]) for row in rows] == [(None, {"ROWS": 1, "num_warps": 8})]
 
 
+def test_a_tile_that_is_right_once_is_not_kept():
+    seen = []
+
+    def measure(size, tile):
+        seen.append(tile)
+        return 2.0 if tile is None else 1.0 if seen.count(tile) == 1 else math.inf
+
+    rows = tune.search("rope_kernel", "sm_90", 32, measure)
+    assert [row["tile"] for row in rows] == [tile for _, tile in TILES["rope_kernel"]["default"]]
+
+
 def test_no_tile_runs():
     with pytest.raises(RuntimeError, match="no tile of rope_kernel runs on sm_90"):
         tune.search("rope_kernel", "sm_90", 32, lambda size, tile: math.inf)
