@@ -23,7 +23,7 @@ from .machine import OthersLoad, folder_name, forget_peak, machine, require_kern
 
 BUSY = 0.05  # the share of the CPU that others may take during a round
 CHECKED = 3  # steps whose losses are compared, at least: every batch once
-RANK = 16  # of LoRA
+RANK, ALPHA = 16, 8  # of LoRA
 
 LLAMA_90M = {
     "hidden_size": 768,
@@ -131,7 +131,7 @@ def add_adapters(model, config: Config, fp32_adapters: bool = True):
     import peft
 
     task = "SEQ_CLS" if config.class_name is None else "CAUSAL_LM"
-    lora = peft.LoraConfig(r=RANK, target_modules=config.targets, task_type=task)
+    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=config.targets, task_type=task)
     model = peft.get_peft_model(model, lora, autocast_adapter_dtype=fp32_adapters)
     draw_adapters(model)
     return model.train()

@@ -19,9 +19,11 @@ import functools
 import importlib
 import json
 import multiprocessing
+import os
 import re
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -35,7 +37,7 @@ import pyfast
 from pyfast import dispatch
 
 from . import cuda, end_to_end, machine
-from .end_to_end import LLAMA_90M, LLAMA_TARGETS, LLAMA_TINY, QWEN2_05B, RANK, Config
+from .end_to_end import ALPHA, LLAMA_90M, LLAMA_TARGETS, LLAMA_TINY, QWEN2_05B, RANK, Config
 
 HERE = Path(__file__).resolve().parent
 DTYPE = "bf16"
@@ -291,8 +293,7 @@ class Training:
     def __init__(self, name: str, variant: str, device: str):
         self.model, self.kind, self.on, self.device = MODELS[name], VARIANTS[variant], DEVICES[device](), device
         self.served = self.on.backends(self.kind.served or ())
-        with torch.device(device):
-            self.net = unsloth(self.model) if self.kind.unsloth else self.stock()
+        self.net = unsloth(self.model, device) if self.kind.unsloth else self.stock()
         self.report = []
         if self.kind.served is not None:
             with serving(*self.served):
@@ -308,10 +309,11 @@ class Training:
         self.loaded_mb = self.on.allocated_mb()
 
     def stock(self):
-        net = end_to_end.base_model(self.model.config, DTYPE)
-        if self.kind.before is not None:
-            self.kind.before(net)
-        return end_to_end.add_adapters(net, self.model.config, self.kind.fp32_adapters)
+        with torch.device(self.device):
+            net = end_to_end.base_model(self.model.config, DTYPE)
+            if self.kind.before is not None:
+                self.kind.before(net)
+            return end_to_end.add_adapters(net, self.model.config, self.kind.fp32_adapters)
 
     def made(self) -> dict:
         return {"loaded_mb": self.loaded_mb, "backends": {op: backend for _, op, backend in self.report}}
@@ -437,17 +439,25 @@ def flops(name: str, form: str) -> float:
     return sum(2.0 * m * k * n for _, m, k, n, _ in products(name)) + 7 * 2 * pairs * width
 
 
-def unsloth(model: Model):
-    """By the classes that FastLanguageModel.from_pretrained finds for the configuration, which loads from the hub or a
-    folder only: its patches, then a model of random weights, then its get_peft_model."""
-    family = model.config.class_name.removesuffix("Config")
-    module = importlib.import_module(f"unsloth.models.{family.lower()}")
-    fast = getattr(module, f"Fast{family}Model")
-    fast.pre_patch()
-    net = end_to_end.base_model(model.config, DTYPE)
-    net.max_seq_length = model.seq
-    options = {"r": RANK, "target_modules": model.config.targets, "lora_alpha": 8, "max_seq_length": model.seq}
-    net = fast.get_peft_model(net, use_gradient_checkpointing=False, **options)
+def unsloth(model: Model, device: str):
+    """Unsloth loads from a folder only, with a tokenizer: the random weights go through one."""
+    import tokenizers
+    import transformers
+
+    module = importlib.import_module("unsloth")  # first, since what follows takes a while at 8B
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(device):
+            net = end_to_end.base_model(model.config, DTYPE)
+        net.save_pretrained(folder)
+        del net
+        words = tokenizers.models.WordLevel({"<unk>": 0, "<pad>": 1, "<s>": 2, "</s>": 3}, unk_token="<unk>")
+        names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), **names)
+        tokenizer.save_pretrained(folder)
+        options = {"max_seq_length": model.seq, "dtype": end_to_end.torch_dtype(DTYPE), "load_in_4bit": False}
+        net, _ = module.FastLanguageModel.from_pretrained(folder, **options)
+    options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": model.config.targets}
+    net = module.FastLanguageModel.get_peft_model(net, use_gradient_checkpointing=False, **options)
     end_to_end.draw_adapters(net)
     return net.train()
 
@@ -570,6 +580,7 @@ def fresh_process(**arguments):
 
 def thread(**arguments):
     """In place of a process, for tests."""
+    importlib.import_module("peft")  # and transformers: two threads must not import them at once
     return threading.Thread(**arguments)
 
 
@@ -812,10 +823,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+#: read by libraries as they are imported, in every process: nothing is looked for on the hub
+OFFLINE = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+
+
 def run(folder: Path, about: dict, deadline: float) -> list[str]:
     """What `benchmarks.gpu` asks for: the default models until `deadline` (of time.monotonic); returns what failed."""
     options = parse([])
     options.deadline = deadline
+    os.environ.update(OFFLINE)
     return bench(options.models, folder, about, options)
 
 
@@ -826,6 +842,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.end_to_end_gpu: PyTorch sees no GPU here", file=sys.stderr)
         return 2
+    os.environ.update(OFFLINE)
     about = gpu.describe() if options.device == "cuda" else {"gpu": "cpu", **machine.versions()}
     failed = bench(options.models, gpu.folder_of(about["gpu"]), about, options)
     for line in failed:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +94,28 @@ def test_kernels_of_a_gpu(monkeypatch):
     triton = "cpu" if dispatch.unavailable("triton") else "triton"
     assert backends["lora_mlp"] == "emulator" and backends["rms_norm"] == triton
     assert set(rows["pyfast_triton", "packed"]["backends"].values()) == {triton}
+
+
+def test_unsloth(monkeypatch):
+    """Its calls, on an Unsloth that does what transformers and PEFT do."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(folder, max_seq_length, dtype, load_in_4bit):
+            assert (max_seq_length, load_in_4bit) == (16, False)
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+
+        @staticmethod
+        def get_peft_model(model, use_gradient_checkpointing, **options):
+            assert not use_gradient_checkpointing
+            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+
+    tiny(monkeypatch)
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
+    rows = measure("stock", "unsloth", rounds=1)
+    assert rows["unsloth", "document"]["off"] == rows["unsloth", "packed"]["off"] == 0
 
 
 def test_processes(monkeypatch):
@@ -229,4 +253,5 @@ def test_named_parts_of_make_gpu(monkeypatch, tmp_path, capsys):
     assert folder == tmp_path / "none" and about["gpu"] == "none" and deadline > time.monotonic()
     assert capsys.readouterr().out.endswith("one failed\n1 failed\n")
     monkeypatch.setattr(benchmark, "bench", lambda models, *_: models)
+    monkeypatch.setattr(benchmark, "OFFLINE", {})
     assert benchmark.run(folder, about, deadline) == ["llama-3-8b", "qwen2.5-0.5b"]
