@@ -232,7 +232,7 @@ def _lora_bar(ratio):
 
 
 #: op -> (a case of a shape, the shapes with the bars of each, and shapes timed without peers, whose compilation costs
-#: seconds a shape: others of training, and one so small that PyTorch may win, for dispatch.SMALL)
+#: seconds a shape: others of training, and those so small that PyTorch may win, for dispatch.SMALL)
 CASES: dict[str, tuple[Callable, dict[tuple, tuple[Bar, ...]], list[tuple]]] = {
     # FlashAttention-3's figures are of 16k tokens and 2,048 columns
     "attention": (
@@ -247,7 +247,7 @@ CASES: dict[str, tuple[Callable, dict[tuple, tuple[Bar, ...]], list[tuple]]] = {
     "cross_entropy": (
         _cross_entropy,
         dict.fromkeys(((32768, 32000), (16384, 65536), (8192, 128256), (4096, 262144)), _TB_PER_S),
-        [(256, 32000)],
+        [(2048, 32000), (256, 32000)],
     ),
     "linear_cross_entropy": (
         _linear_cross_entropy,
@@ -263,19 +263,23 @@ CASES: dict[str, tuple[Callable, dict[tuple, tuple[Bar, ...]], list[tuple]]] = {
             (8192, 4096, (14336,), 16): _lora_bar(1.06),
             (8192, 4096, (4096,), 16): _lora_bar(1.10),
         },
-        [(8192, 4096, (1024,), 16), (256, 1024, (1024,), 16)],
+        [(8192, 4096, (1024,), 16), (2048, 1024, (1024,), 16), (256, 1024, (1024,), 16)],
     ),
     "rms_norm": (
         partial(_norm, "rms_norm"),
         {(16384, 4096): _OF_COPY, (16384, 8192): _OF_COPY},
-        [(65536, 1024), (256, 1024)],
+        [(65536, 1024), (4096, 1024), (256, 1024)],
     ),
-    "rope": (_rope, {(4, 32, 8, 4096, 128): _OF_COPY}, [(8, 32, 32, 2048, 64), (1, 8, 8, 256, 64)]),
-    "swiglu": (partial(_gated, "swiglu"), {(8192, 14336): _OF_COPY}, [(16384, 4096), (256, 4096)]),
+    "rope": (
+        _rope,
+        {(4, 32, 8, 4096, 128): _OF_COPY},
+        [(8, 32, 32, 2048, 64), (2, 8, 8, 1024, 64), (1, 8, 8, 256, 64)],
+    ),
+    "swiglu": (partial(_gated, "swiglu"), {(8192, 14336): _OF_COPY}, [(16384, 4096), (2048, 4096), (256, 4096)]),
     "layer_norm": (
         partial(_norm, "layer_norm"),
         {(16384, 4096): _OF_COPY},
-        [(65536, 1024), (256, 1024)],
+        [(65536, 1024), (4096, 1024), (256, 1024)],
     ),
     "lora_mlp": (partial(_lora, "lora_mlp"), {(8192, 4096, 14336, 16): ()}, [(256, 1024, 2816, 16)]),
     "lora_linears": (
@@ -284,8 +288,8 @@ CASES: dict[str, tuple[Callable, dict[tuple, tuple[Bar, ...]], list[tuple]]] = {
         [(256, 1024, (1024, 256, 256), 16)],
     ),
     "attention_varlen": (_attention_varlen, {(8, 4096, 16, 128): ()}, [(4, 128, 8, 64)]),
-    "geglu": (partial(_gated, "geglu"), {(8192, 14336): ()}, [(256, 4096)]),
-    "gelu_bias": (_gelu_bias, {(8192, 16384): ()}, [(256, 4096)]),
+    "geglu": (partial(_gated, "geglu"), {(8192, 14336): ()}, [(2048, 4096), (256, 4096)]),
+    "gelu_bias": (_gelu_bias, {(8192, 16384): ()}, [(2048, 4096), (256, 4096)]),
 }
 
 

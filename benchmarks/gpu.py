@@ -91,7 +91,8 @@ def bench(ops: list[str], folder: Path, about: dict, deadline: float, alone: boo
     waiting, limits, failed = cuda.plan(ops), [], []
     skip = [f"{op}:{peer}" for op in ops for peer in peers.PEERS[op]] if alone else []
     (folder / "bench.log").write_text("")
-    labels = {f"{op}:{i}": (op, case.label) for op in ops for i, case in enumerate(cuda.cases(op))}
+    cases = {f"{op}:{i}": case for op in ops for i, case in enumerate(cuda.cases(op))}
+    labels = {name: (case.op, case.label) for name, case in cases.items()}
     rows: dict[str, list[dict]] = {}  # by case
     bars: dict[str, list[dict]] = {}
     lost: dict[str, dict[str, str]] = {op: {} for op in ops}  # variant -> reason
@@ -112,7 +113,8 @@ def bench(ops: list[str], folder: Path, about: dict, deadline: float, alone: boo
                 op, label = labels[name]
                 for variant, reason in lost[op].items():
                     rows[name].append({"op": op, "case": label, "variant": variant, "not_run": reason})
-                print(_line(rows[name]), flush=True)
+                if cases[name].peers:  # else PyFast's own are all, which the lines at the end compare
+                    print(_line(rows[name]), flush=True)
                 save(folder, op, of(op, rows), of(op, bars), about)  # at once: whatever ends this run
             elif event == "failed":
                 name, reason = found
