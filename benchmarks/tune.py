@@ -138,6 +138,10 @@ def _rounded(ms: float) -> float | None:
     return round(ms, 4) if math.isfinite(ms) else None
 
 
+class Lost(Exception):
+    """A tile has taken this process's GPU with it: no other can be timed."""
+
+
 class Gpu:
     """measure() of `search` on this machine's GPU, for one kernel."""
 
@@ -180,9 +184,12 @@ class Gpu:
             if getattr(compiled, "n_spills", 0) or not _agree(results, self.truth):
                 return math.inf
             return do_bench(again, warmup=5, rep=20, return_mode="median")
-        except (TritonError, RuntimeError):  # it does not compile, or does not fit this GPU
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # raises what no other tile can be timed after
+        except (TritonError, RuntimeError) as error:  # it does not compile, or does not fit this GPU
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+            except RuntimeError:
+                raise Lost(f"{self.kernel} for size {size} with {tile}: {str(error).splitlines()[0]}") from error
             return math.inf
         finally:
             launch.run = stock_run
@@ -307,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         deadline = end - 60 * BACKENDS_MINUTES * (BACKENDS in chosen)
         left_out = tune(kernels, device, driver.active.get_current_target(), options.folder, about, deadline)
         if left_out:
-            print(f"no time was left for: {', '.join(left_out)}")
+            print(f"not tuned: {', '.join(left_out)}")
         written.append(options.folder / f"tiles_{about['architecture']}.json")
     if BACKENDS in chosen:
         with tempfile.TemporaryDirectory() as folder:
@@ -318,8 +325,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def tune(kernels: list[str], device: torch.device, target, folder: Path, machine: dict, deadline: float) -> list[str]:
-    """Tunes and writes each of the kernels for Triton's target, until `deadline`; returns those that no time was left
-    for."""
+    """Tunes and writes each of the kernels for Triton's target, until `deadline`; returns those that it did not come
+    to."""
     from pyfast.kernels import launch
 
     from .launches import classes
@@ -349,6 +356,9 @@ def tune(kernels: list[str], device: torch.device, target, folder: Path, machine
             except RuntimeError as error:  # no tile of it runs
                 print(f"{kernel}: {error}", flush=True)
                 continue
+            except Lost as error:
+                print(f"the GPU is lost to this process by {error}", flush=True)
+                return [kernel, *waiting]
             saved = sum((row["before_ms"] or 0) - (row["ms"] or 0) for row in rows)
             print(f"{kernel}: {len(rows)} tiles, {saved:.4g} ms saved", flush=True)
             write(folder, architecture, machine, {kernel: rows})

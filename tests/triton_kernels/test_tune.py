@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -132,6 +133,23 @@ def test_a_tile_that_does_not_compile_is_passed_over(monkeypatch):
 
     monkeypatch.setitem(launches.CASES, "gated_kernel", launches.Case(40, {"": call}, None))
     assert tune.Gpu("gated_kernel", torch.device("cpu"))(40, {"ROWS": 2, "BLOCK": 16}) == math.inf
+
+
+def test_a_tile_that_takes_the_gpu_with_it_ends_all(monkeypatch, tmp_path, capsys):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setitem(launches.CASES, "rope_kernel", launches.Case(128, {"": fail}, None))
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "Ahead", mock.Mock())
+    target = GPUTarget("cuda", 90, 32)
+    left_out = tune.tune(["rope_kernel", "norm_kernel"], torch.device("cuda"), target, tmp_path, {}, math.inf)
+    assert left_out == ["rope_kernel", "norm_kernel"] and not list(tmp_path.iterdir())
+    words = (
+        "the GPU is lost to this process by rope_kernel for size 128 with None: CUDA error: an illegal memory access"
+    )
+    assert words in capsys.readouterr().out
 
 
 def test_agree():
