@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import end_to_end_gpu as benchmark
 from benchmarks import gpu, gpu_tests, readme
@@ -203,6 +204,28 @@ def test_bars():
     assert judged["llama-3-8b: 1.0 × unsloth's speed or more"]["why"] == "unsloth: trl is not installed"
     memory = judged["llama-3-8b: 0.4 × stock's memory above the weights or less"]
     assert memory["met"] is True and memory["values"] == {"pyfast": 0.333, "pyfast_cuda": 0.5}
+
+
+class Fp32(TorchDispatchMode):
+    """The most elements that a result in fp32 has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if torch.is_tensor(result) and result.dtype == torch.float32:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_weights_are_made_in_bf16_on_the_device():
+    """An 8B model leaves no room for them in fp32, and is not to be copied there."""
+    config = benchmark.MODELS["llama-3-8b"].config
+    with torch.device("meta"), Fp32() as fp32:
+        model = benchmark.end_to_end.add_adapters(benchmark.end_to_end.base_model(config, "bf16"), config)
+    assert fp32.elements <= 16 * 14336  # an adapter
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
 
 
 def test_true_sizes():
