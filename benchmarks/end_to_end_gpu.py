@@ -42,7 +42,6 @@ from .end_to_end import ALPHA, LLAMA_90M, LLAMA_TARGETS, LLAMA_TINY, QWEN2_05B, 
 HERE = Path(__file__).resolve().parent
 DTYPE = "bf16"
 ROUNDS = 5
-TURN_STEPS = 2  # timed steps of a round; one more, before them, is not
 #: how far a variant's gradients may be off, in norm; 0.06 was seen between stock and PyFast, or bf16 and fp32, in the
 #: worst tensor of 32 layers (0.04 in the first and last), 0.14 where every LoRA product was scaled by 1.1. At random
 #: weights the loss is close to log(vocabulary) whatever the layers do: it tells a wrong head or wrong labels, no more
@@ -54,43 +53,33 @@ LLAMA_32_3B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layer
 
 
 class Model(NamedTuple):
-    """What is trained, and how: on rows of `seq` tokens; `variants` in this order, together where all fit a GPU."""
+    """What is trained, and how: `variants` in this order, together where all fit a GPU; a round is one untimed step and
+    `steps` timed ones, of a row of `seq` tokens."""
 
     config: Config
     variants: tuple[str, ...]
     together: bool
+    steps: int = 1
     seq: int = 4096
 
 
 OURS = ("pyfast", "pyfast_cuda", "pyfast_triton", "pyfast_graph")
 PEERS = ("liger", "compile", "unsloth", "bf16_adapters", "autocast")
-LARGE = (
-    "checkpointed",
-    "pyfast_cuda",
-    "stock",
-    "pyfast_triton",
-    "liger",
-    "pyfast",
-    "unsloth",
-    "gemms",
-    "bf16_adapters",
-)
+#: what bars and explanations need first, what takes long last
+LARGE = ("checkpointed", "stock", "pyfast_cuda", "pyfast", "liger", "pyfast_triton", "gemms", "unsloth", "compile")
+SMALL = ("stock", *OURS, *PEERS, "gemms")
 MODELS = {
-    "llama-3-8b": Model(Config("LlamaConfig", LLAMA_3 | LLAMA_3_8B, LLAMA_TARGETS), (*LARGE, "compile"), False),
-    "qwen2.5-0.5b": Model(Config("Qwen2Config", QWEN2_05B, LLAMA_TARGETS), ("stock", *OURS, *PEERS, "gemms"), True),
+    "llama-3-8b": Model(Config("LlamaConfig", LLAMA_3 | LLAMA_3_8B, LLAMA_TARGETS), (*LARGE, "bf16_adapters"), False),
+    "qwen2.5-0.5b": Model(Config("Qwen2Config", QWEN2_05B, LLAMA_TARGETS), SMALL, True, steps=10),
     "llama-3.2-3b": Model(
-        Config("LlamaConfig", LLAMA_3 | LLAMA_32_3B | {"tie_word_embeddings": True}, LLAMA_TARGETS),
-        ("stock", "pyfast", "pyfast_cuda", "pyfast_triton", "liger", "unsloth", "gemms"),
-        False,
+        Config("LlamaConfig", LLAMA_3 | LLAMA_32_3B | {"tie_word_embeddings": True}, LLAMA_TARGETS), LARGE, False, 2
     ),
     # to try the benchmark itself
-    "llama-tiny": Model(
-        Config("LlamaConfig", LLAMA_90M | LLAMA_TINY, LLAMA_TARGETS), ("stock", *OURS, *PEERS, "gemms"), True, 64
-    ),
+    "llama-tiny": Model(Config("LlamaConfig", LLAMA_90M | LLAMA_TINY, LLAMA_TARGETS), SMALL, True, seq=64),
 }
 #: a model that is measured where stock ran out of memory on another
 INSTEAD = {"llama-3-8b": "llama-3.2-3b"}
-DEFAULT = ("llama-3-8b", "qwen2.5-0.5b")
+DEFAULT = ("qwen2.5-0.5b", "llama-3-8b")
 
 #: how the row is filled. All variants compute the same loss in each, Unsloth excepted, which looks at no position.
 #: "document" is what is kindest to stock: SDPA's causal flash attention, no mask. Of "packed", stock gets what
@@ -556,6 +545,7 @@ class Worker:
         try:
             self.pipe.send(order)
             if not self.pipe.poll(max(0.0, left)):
+                self.kill()  # the others are not to be timed beside it
                 raise NotRun(f"no time was left: {order[0]} did not end within {max(0.0, left):.0f} s")
             answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -568,10 +558,13 @@ class Worker:
         with contextlib.suppress(OSError):
             self.pipe.send(None)
         self.process.join(5)
+        self.kill()
+        self.pipe.close()
+
+    def kill(self) -> None:
         if self.process.is_alive() and hasattr(self.process, "kill"):
             self.process.kill()
             self.process.join()
-        self.pipe.close()
 
 
 def fresh_process(**arguments):
@@ -639,7 +632,7 @@ class Turns:
             for form in self.forms:
                 for variant in [v for v in ready if form in ready[v]]:
                     with self.noting(variant, ready[variant], lost=ready):
-                        found = self.ask(workers[variant], "round", form, TURN_STEPS)
+                        found = self.ask(workers[variant], "round", form, MODELS[self.name].steps)
                         row = self.rows[variant, form]
                         row["seconds"].append(found["seconds"])
                         row["peak_mb"] = max(row["peak_mb"], found["peak_mb"])
@@ -827,9 +820,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 OFFLINE = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
 
 
-def run(folder: Path, about: dict, deadline: float) -> list[str]:
-    """What `benchmarks.gpu` asks for: the default models until `deadline` (of time.monotonic); returns what failed."""
-    options = parse([])
+def run(folder: Path, about: dict, deadline: float, models: tuple[str, ...] = DEFAULT) -> list[str]:
+    """What `benchmarks.gpu` asks for: these models until `deadline` (of time.monotonic); returns what failed."""
+    options = parse(list(models))
     options.deadline = deadline
     os.environ.update(OFFLINE)
     return bench(options.models, folder, about, options)

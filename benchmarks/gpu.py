@@ -4,8 +4,8 @@ benchmarks/cuda.py.
 
     python -m benchmarks.gpu [OP ...] [--no-tests] [--no-bench] [--minutes 8]      or: make gpu, make gpu-bench OP=...
 
-Run only where they are named: OP=end_to_end, whole training steps (benchmarks/end_to_end_gpu.py), and OP=loss_curve, a
-run of 300 steps on real text beside stock (benchmarks/loss_curve.py).
+Run only where they are named: OP=end_to_end, whole training steps (benchmarks/end_to_end_gpu.py), or OP=llama-3-8b and
+the like, those of one model; and OP=loss_curve, 300 steps on real text beside stock (benchmarks/loss_curve.py).
 
 Results go to benchmarks/results/<gpu>/<op>.json and .md, the logs of tests to <which>.log beside them. What no time was
 left for is named. At the end come the fastest backend of each case, the bars with what misses them, and the failures,
@@ -14,6 +14,7 @@ which make the exit status 1; a missed bar does not.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -58,6 +59,9 @@ COLUMNS = (
 
 #: parts that run only where they are named: (folder, about, deadline) -> what failed
 PARTS = {"end_to_end": end_to_end_gpu.run, "loss_curve": loss_curve.run}
+PARTS |= {
+    name: functools.partial(end_to_end_gpu.run, models=(name,)) for name in end_to_end_gpu.MODELS if "tiny" not in name
+}
 
 
 def folder_of(gpu: str) -> Path:

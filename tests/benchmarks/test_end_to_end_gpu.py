@@ -88,7 +88,6 @@ def test_every_variant(monkeypatch, tmp_path, capsys):
 def test_kernels_of_a_gpu(monkeypatch):
     """In the emulator and, where Triton is installed, the interpreter; one after another, as a large model is."""
     tiny(monkeypatch, together=False)
-    monkeypatch.setattr(benchmark, "TURN_STEPS", 1)
     rows = measure("stock", "pyfast_cuda", "pyfast_triton", rounds=1, forms=["packed"])
     assert rows["stock", "packed"]["rounds"] == rows["pyfast_triton", "packed"]["rounds"] == 1
     backends = rows["pyfast_cuda", "packed"]["backends"]
@@ -124,6 +123,15 @@ def test_processes(monkeypatch):
     arguments = ["llama-tiny", "--device", "cpu", "--rounds", "1", "--forms", "document", "--variants", "pyfast"]
     (row,) = benchmark.measure("llama-tiny", ["pyfast"], benchmark.parse(arguments))
     assert row["tokens_per_s"] > 0 and row["backends"]["lora_mlp"] == "cpu"
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    """It would go on beside what is timed after it."""
+    worker = benchmark.Worker("cpu", benchmark.fresh_process)
+    with pytest.raises(benchmark.NotRun, match="make did not end within 0 s"):
+        worker.ask(time.monotonic(), "make", "llama-tiny", "stock")
+    assert not worker.process.is_alive()
+    worker.end()
 
 
 def spoil(model):
@@ -277,4 +285,5 @@ def test_named_parts_of_make_gpu(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("one failed\n1 failed\n")
     monkeypatch.setattr(benchmark, "bench", lambda models, *_: models)
     monkeypatch.setattr(benchmark, "OFFLINE", {})
-    assert benchmark.run(folder, about, deadline) == ["llama-3-8b", "qwen2.5-0.5b"]
+    assert benchmark.run(folder, about, deadline) == ["qwen2.5-0.5b", "llama-3-8b"]
+    assert gpu.PARTS["llama-3.2-3b"](folder, about, deadline) == ["llama-3.2-3b"]
