@@ -253,7 +253,9 @@ class Cpu(Gpu):
         return machine.resident_mb("VmHWM")
 
     def capture(self, function):
-        return function
+        """What the function left stays, as after a capture; there is nothing that a replay could run."""
+        function()
+        return self.finish
 
 
 DEVICES = {"cuda": Gpu, "cpu": Cpu}
@@ -318,38 +320,44 @@ class Training:
         return loss.detach()
 
     def capture(self, form: str) -> Callable:
-        """`backward`, replayed. Its gradients live in the graph's memory, which each replay writes anew; its peak is
-        that of the capture, since a replay asks for no memory."""
+        """`backward`, replayed. Its loss and gradients live in the graph's memory, which each replay writes anew; its
+        peak is that of the capture, since a replay asks for no memory."""
+        loss = None
 
         def work():
+            nonlocal loss
             self.optimizer.zero_grad()
-            self.backward(form)
+            loss = self.backward(form)
 
         self.on.forget_peak()
         replay = self.on.capture(work)
         self.captured_mb[form] = self.on.peak_mb()
         gradients = [parameter.grad for parameter in self.trained]
 
-        def call():
+        def call() -> torch.Tensor:
             replay()
             for parameter, gradient in zip(self.trained, gradients, strict=True):
                 parameter.grad = gradient
+            return loss
 
         return call
 
+    def gradients(self, form: str) -> torch.Tensor:
+        """Forward and backward; the loss."""
+        if not self.kind.graph:
+            return self.backward(form)
+        if form not in self.replays:
+            self.replays[form] = self.capture(form)
+        return self.replays[form]()
+
     def step(self, form: str) -> None:
-        if self.kind.graph:
-            if form not in self.replays:
-                self.replays[form] = self.capture(form)
-            self.replays[form]()
-        else:
-            self.backward(form)
+        self.gradients(form)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def check(self, form: str) -> tuple[float, dict[str, torch.Tensor]]:
         """The loss, and the gradients of the first and last layer's adapters, of a step from the first weights."""
-        loss = self.backward(form)
+        loss = self.gradients(form)
         last = self.net.config.num_hidden_layers - 1
         ends = tuple(f".layers.{i}." for i in {0, last})
         found = {

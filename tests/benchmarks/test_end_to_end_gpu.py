@@ -85,6 +85,20 @@ def test_every_variant(monkeypatch, tmp_path, capsys):
     assert readme.gpu_steps(folder).count("\n| llama-tiny") == timed == 2 * (len(variants) - 3)
 
 
+def test_a_captured_step(monkeypatch):
+    """Every replay's gradients and loss are where the capture left them, and the optimizer takes them at each step."""
+    tiny(monkeypatch)
+    training = benchmark.Training("llama-tiny", "pyfast_graph", "cpu")
+    loss = training.gradients("document")
+    first = [parameter.grad for parameter in training.trained]
+    before = [parameter.detach().clone() for parameter in training.trained]
+    training.step("document")
+    assert all((p != b).any() and p.grad is None for p, b in zip(training.trained, before, strict=True))
+    assert training.gradients("document") is loss and loss.item() > 0
+    assert all(p.grad is g for p, g in zip(training.trained, first, strict=True))
+    assert training.captured_mb.keys() == {"document"}
+
+
 def test_kernels_of_a_gpu(monkeypatch):
     """In the emulator and, where Triton is installed, the interpreter; one after another, as a large model is."""
     tiny(monkeypatch, together=False)
