@@ -87,8 +87,11 @@ gpu-peers:
 	head -n 3000 $(or $(PYFAST_DATA),../shared/data)/gsm8k/train.jsonl > build/gpu/data/gsm8k/train.jsonl || rm -r build/gpu/data
 	du -sh build/gpu
 
-build/peers: build/gpu/peers.tar.xz
-	rm -rf $@ && $(GPU_RUN) -m tarfile -e $< $@ && touch $@
+# Unpacked once: by content, since a copy of the checkout may change the files' times
+.PHONY: build/peers
+build/peers:
+	@cmp -s build/gpu/peers.tar.xz build/peers.tar.xz || { rm -rf $@ && $(GPU_RUN) -m tarfile -e build/gpu/peers.tar.xz $@ \
+	  && cp build/gpu/peers.tar.xz build/peers.tar.xz; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyfast/*.so
