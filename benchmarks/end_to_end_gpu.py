@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -671,6 +671,7 @@ class Turns:
             if "not_run" in row:
                 found.append({**head, **row})
                 continue
+            row = dict(row)
             seconds = row.pop("seconds")
             middle, limits = statistics.median(seconds), row.get("limits", {})
             tflops = flops(self.name, form) / middle / 1e12
@@ -693,8 +694,8 @@ class Turns:
         return found
 
 
-def measure(name: str, variants: list[str], options: argparse.Namespace, start: Callable = fresh_process) -> list[dict]:
-    """The rows of one model."""
+def measure(name: str, variants: list[str], options: argparse.Namespace, start=fresh_process) -> Iterator[list[dict]]:
+    """The rows of one model, all that there are each time that there are more."""
     turns = Turns(name, options.forms, options.device, options.deadline, options.patience)
     workers = {variant: Worker(options.device, start) for variant in variants}
     products(name)  # while they import
@@ -704,10 +705,10 @@ def measure(name: str, variants: list[str], options: argparse.Namespace, start: 
             turns.run({variant: workers[variant] for variant in group}, options.rounds)
             for variant in group:
                 workers[variant].end()
+            yield turns.finished()
     finally:
         for worker in workers.values():
             worker.end()
-    return turns.finished()
 
 
 def judge(rows: list[dict], bars=BARS) -> list[dict]:
@@ -784,12 +785,14 @@ def bench(names: list[str], folder: Path, about: dict, options: argparse.Namespa
     every, judged, names = [], [], list(names)
     while names:
         name = names.pop(0)
-        rows = measure(name, options.variants or list(MODELS[name].variants), options, start)
+        rows: list[dict] = []
+        for found in measure(name, options.variants or list(MODELS[name].variants), options, start):
+            for row in found[len(rows) :]:
+                print(*filter(None, cells(row)), sep="  ", flush=True)
+            rows = found
+            save(folder, name, about, rows, judge(rows))
         every += rows
         judged += judge(rows)
-        save(folder, name, about, rows, judge(rows))
-        for row in rows:
-            print(*filter(None, cells(row)), sep="  ", flush=True)
         short = any(row["variant"] == "stock" and "out of memory" in row.get("not_run", "") for row in rows)
         if short and INSTEAD.get(name, name) not in (*names, name):
             print(f"{name}: stock runs out of memory; {INSTEAD[name]} is compared too", flush=True)

@@ -31,7 +31,7 @@ def options(*variants, **others):
 
 
 def measure(*variants, **others):
-    rows = benchmark.measure("llama-tiny", list(variants), options(*variants, **others), benchmark.thread)
+    *_, rows = benchmark.measure("llama-tiny", list(variants), options(*variants, **others), benchmark.thread)
     return {(row["variant"], row["form"]): row for row in rows}
 
 
@@ -135,7 +135,7 @@ def test_unsloth(monkeypatch):
 def test_processes(monkeypatch):
     """As on a GPU: a variant's process is a fresh one."""
     arguments = ["llama-tiny", "--device", "cpu", "--rounds", "1", "--forms", "document", "--variants", "pyfast"]
-    (row,) = benchmark.measure("llama-tiny", ["pyfast"], benchmark.parse(arguments))
+    ((row,),) = benchmark.measure("llama-tiny", ["pyfast"], benchmark.parse(arguments))
     assert row["tokens_per_s"] > 0 and row["backends"]["lora_mlp"] == "cpu"
 
 
@@ -186,7 +186,7 @@ def test_a_process_that_ends(monkeypatch):
         return benchmark.thread(target=time.sleep, args=(0,))
 
     tiny(monkeypatch)
-    rows = benchmark.measure("llama-tiny", ["stock"], options("stock"), start)
+    (rows,) = benchmark.measure("llama-tiny", ["stock"], options("stock"), start)
     assert [row["not_run"] for row in rows] == ["its process ended"] * 2
 
 
@@ -202,7 +202,7 @@ def test_the_smaller_model_where_stock_has_no_room(monkeypatch, tmp_path, capsys
     def rows_of(name, variants, *_):
         measured.append(name)
         why = {"not_run": "out of memory: Tried"} if name == "llama-3-8b" else {"ms": 1.0, "tokens_per_s": 1.0}
-        return [{"model": name, "form": "packed", "variant": "stock", "above_mb": 1.0, **why}]
+        yield [{"model": name, "form": "packed", "variant": "stock", "above_mb": 1.0, **why}]
 
     monkeypatch.setattr(benchmark, "measure", rows_of)
     benchmark.bench(["llama-3-8b", "qwen2.5-0.5b"], tmp_path, {"versions": {}}, options("stock"))
