@@ -62,7 +62,7 @@ DATA      := $(or $(PYFAST_DATA),$(wildcard $(CURDIR)/build/gpu/data),$(CURDIR)/
 # COMMIT=...: what is measured, where git cannot tell; MINUTES=8
 GPU_OPTIONS = $(COMMIT:%=--commit %) $(MINUTES:%=--minutes %)
 gpu gpu-bench: export PYFAST_DATA := $(DATA)
-gpu gpu-bench: export PYTHONPATH := $(CURDIR)/build/peers:$(CURDIR)/build/peers/nvidia_cutlass_dsl/python_packages
+gpu gpu-bench: export PYTHONPATH := $(CURDIR)/build/peers:$(CURDIR)/build/peers/nvidia_cutlass_dsl/python_packages$(PYTHONPATH:%=:%)
 
 gpu: $(GPU_PEERS)
 	$(GPU_RUN) -m benchmarks.gpu $(GPU_OPTIONS)
