@@ -611,7 +611,6 @@ class Turns:
     def not_run(self, variant: str, forms: list[str], why) -> None:
         for form in forms:
             self.rows[variant, form] = {"not_run": str(why)}
-        print(f"{self.name} {variant} {' '.join(forms)}: not run, {why}", flush=True)
 
     def prepare(self, variant: str, worker: Worker) -> list[str]:
         """Makes the variant, checks and warms it; the forms in which it can be timed."""
@@ -739,6 +738,18 @@ def cells(row: dict) -> list[str]:
     return ["" if row.get(column) is None else str(row[column]) for column in COLUMNS]
 
 
+def told(row: dict) -> str:
+    head = f"{row['model']} {row['form']} {row['variant']}:"
+    if "ms" not in row:
+        return f"{head} not run, {row['not_run']}"
+    time_taken = f"{row['ms']:.4g} ms ({row['min_ms']:.4g} to {row['max_ms']:.4g})"
+    labels = {"tokens_per_s": "tokens/s", "over_stock": "× stock", "above_mb": "MB above the weights"}
+    labels |= {"memory_of_stock": "of stock's", "tflops": "TFLOP/s", "of_gemm": "of GEMM"}
+    return ", ".join(
+        [f"{head} {time_taken}", *(f"{row[key]:,} {text}" for key, text in labels.items() if row.get(key))]
+    )
+
+
 def verdict(judged: dict) -> str:
     word = {True: "met", False: "missed", None: "not decided"}[judged["met"]]
     values = ", ".join(f"{name} {value:,}" for name, value in judged["values"].items())
@@ -788,7 +799,7 @@ def bench(names: list[str], folder: Path, about: dict, options: argparse.Namespa
         rows: list[dict] = []
         for found in measure(name, options.variants or list(MODELS[name].variants), options, start):
             for row in found[len(rows) :]:
-                print(*filter(None, cells(row)), sep="  ", flush=True)
+                print(told(row), flush=True)
             rows = found
             save(folder, name, about, rows, judge(rows))
         every += rows

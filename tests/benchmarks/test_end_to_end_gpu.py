@@ -78,7 +78,9 @@ def test_every_variant(monkeypatch, tmp_path, capsys):
     assert result["bars"][4]["why"] == "liger: liger_kernel is not installed"
     printed = capsys.readouterr().out
     assert "missed: llama-tiny: 1,000,000,000 tokens/s or more (document): pyfast " in printed
-    assert "llama-tiny document pyfast: " in printed  # where the step's time goes
+    assert "llama-tiny packed liger: not run, liger_kernel is not installed\n" in printed
+    assert re.search(r"llama-tiny document pyfast: \S+ ms \(.* tokens/s, .* × stock, ", printed)
+    assert re.search(r"llama-tiny document pyfast: .* kernels: gemm", printed)  # where the step's time goes
     written = (folder / "end_to_end.md").read_text()
     assert written.count("\n| llama-tiny") == len(rows) and written.count("\n- met: ") == 2
     timed = sum("tokens_per_s" in row for row in rows.values())
