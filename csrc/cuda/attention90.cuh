@@ -33,7 +33,7 @@ struct Attention90 {
   using Tiles = Ring<kStages>;
   static constexpr int kBarriers = kQueryBytes + 2 * kStages * kTileBytes;
   static constexpr int kSharedBytes = kBarriers + 8 + 2 * Tiles::kBytes;
-  static constexpr int kTurns = 1, kGroupBarriers = kTurns + kGroups;  // named barriers, of which 0 is the block's
+  static constexpr int kTurns = 1, kZeros = kTurns + kGroups;  // named barriers, of which 0 is the block's
 
   unsigned char* shared;
 
@@ -207,12 +207,12 @@ __global__ void __launch_bounds__(Attention90<T, kDim>::kThreads, 1)
     ring[1].wait(tiles - 1);
     if (const int left = keys - begin - (tiles - 1) * A::kKeys; a.cu_k && left < A::kKeys) {
       // The rows of the next sequence are nobody's here: their probabilities are 0, but they may hold what 0 times is
-      // not 0. Each group writes the same zeros.
+      // not 0.
       unsigned char* const v = memory.tile(1, tiles - 1);
-      for (int i = left * 8 + threadIdx.x % 128; i < A::kKeys * 8; i += 128)
+      for (int i = left * 8 + threadIdx.x; i < A::kKeys * 8; i += A::kConsumers)
         for (int h = 0; h < A::kHalves; ++h) *reinterpret_cast<Vector*>(v + h * A::kKeyHalf + i * 16) = Vector{};
       fence_async();
-      named_barrier(A::kGroupBarriers + group, 128);
+      named_barrier(A::kZeros, A::kConsumers);
     }
     begin_values(tiles - 1);
     wgmma_wait<0>();

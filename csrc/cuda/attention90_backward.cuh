@@ -67,15 +67,15 @@ struct Backward90 {
 
   // ---- by the consumers
   // Until tile n is there; of its rows the first `count` are this sequence's, where sequences are packed. The next
-  // one's are zeros here, for they may hold what 0 times is not 0. Each group writes the same ones.
+  // one's are zeros here, for they may hold what 0 times is not 0.
   __device__ __forceinline__ void wait(int n, bool packed, int count) const {
     ring().wait(n);
     if (!packed || count >= kInner) return;
-    for (int i = count * 8 + threadIdx.x % 128; i < kInner * 8; i += 128)
+    for (int i = count * 8 + threadIdx.x; i < kInner * 8; i += kConsumers)
       for (int h = 0; h < 2 * kHalves; ++h)
         *reinterpret_cast<Vector*>(inner(0, n) + h * kInnerHalf + i * 16) = Vector{};
     fence_async();
-    named_barrier(1 + threadIdx.x / 128, 128);
+    named_barrier(1, kConsumers);
   }
   // Begins s (64 x 64) = this warp group's rows of outer tile `which` times the rows of the inner one
   __device__ __forceinline__ void begin_products(float (&s)[32], int which, int n) const {

@@ -145,7 +145,8 @@ struct Gemm90Launch {
   Output out;
 };
 template <class T, bool kBDeep>
-__global__ void __launch_bounds__(Gemm90<T, kBDeep>::kThreads) gemm90_kernel(const __grid_constant__ Gemm90Launch l) {
+__global__ void __launch_bounds__(Gemm90<T, kBDeep>::kThreads, 1)
+    gemm90_kernel(const __grid_constant__ Gemm90Launch l) {
 #if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   PYFAST_SHARED(shared);
   using G = Gemm90<T, kBDeep>;

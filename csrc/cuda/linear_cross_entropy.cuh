@@ -225,7 +225,7 @@ struct Logits90Launch {
   LogitsLaunch logits;
 };
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(Gemm90<T, false>::kThreads)
+__global__ void __launch_bounds__(Gemm90<T, false>::kThreads, 1)
     logits90_kernel(const __grid_constant__ Logits90Launch l) {
 #if defined(PYFAST_EMULATOR) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   PYFAST_SHARED(shared);

@@ -322,7 +322,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t a, uint64_t b
   static_assert(kCount == 32 || kCount == 64 || kCount == 128);
 #if defined(PYFAST_EMULATOR)
   float* const to = d;
-  simt::defer([=] {
+  simt::defer(a * 31 + b, [=] {
     const int row = simt::current->linear / 32 % 4 * 16 + simt::current->lane / 4;
     float left[2][16];
     for (int h = 0; h < 2; ++h) operand_row<T>(a, row + h * 8, false, left[h]);
@@ -392,7 +392,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], const uint32_t (&a)[4]
       "wgmma");
   float* const to = d;
   const uint32_t* const from = a;
-  simt::defer([=] {
+  simt::defer(b, [=] {
     if (memcmp(from, rows.own, sizeof rows.own)) simt::fail("wgmma: registers of a were changed while it read them");
     emulated_wgmma<T, kBDeep, true, kCount>(to, rows.left, b);
   });

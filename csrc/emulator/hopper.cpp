@@ -74,6 +74,8 @@ void read_async(void* to, const Block& b, uint64_t place, int bytes, const char*
     fail(std::string(what) + " reads what was written without fence.proxy.async, or while it reads");
 }
 
+uint64_t hash(uint64_t before, uint64_t x) { return (before ^ x) * 0x9E3779B97F4A7C15 + 1; }
+
 using Groups = std::vector<std::vector<std::function<void()>>>;  // the last one is open
 void wait_groups(Groups& groups, int left) {
   while (int(groups.size()) - 1 > left) {
@@ -187,14 +189,27 @@ void set_registers(int count, bool more) {
 }
 
 void fence_registers() { current->registers_fenced = true; }
-void defer(std::function<void()> work) {
+void defer(uint64_t operands, std::function<void()> work) {
+  current->products = hash(current->products, operands);
   if (!current->registers_fenced) fail("wgmma without wgmma.fence since registers were last free to be written");
   if (options().lazy)
     current->deferred.back().push_back(std::move(work));
   else
     work();
 }
-void commit_deferred() { current->deferred.emplace_back(); }
+void commit_deferred() {
+  const uint64_t products = std::exchange(current->products, 0);
+  Warp& warp = *current->warp;
+  collective<uint64_t, int>(
+      ~0u, products,
+      [&](auto in, auto&&) {
+        for (int lane = 1; lane < 32; ++lane)
+          if (in(lane) != in(0)) fail("the lanes of a warp differ in their wgmmas");
+        warp.products = hash(warp.products, in(0));
+      },
+      "wgmma.commit_group");
+  current->deferred.emplace_back();
+}
 void wait_deferred(int left) {
   wait_groups(current->deferred, left);
   current->registers_fenced = false;

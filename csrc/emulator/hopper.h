@@ -39,9 +39,10 @@ void wait_stores(int left);
 // others have given back so many
 void set_registers(int count, bool more);
 
-// ---- wgmma: asynchronous work of one thread, in groups. It must have fenced its registers since it last waited.
+// ---- wgmma: asynchronous work of one thread, in groups. It must have fenced its registers since it last waited, and
+// the lanes of a warp, and the warps of a group, name the same operands.
 void fence_registers();
-void defer(std::function<void()> work);
+void defer(uint64_t operands, std::function<void()> work);
 void commit_deferred();
 void wait_deferred(int left);
 

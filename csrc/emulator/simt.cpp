@@ -120,9 +120,11 @@ int live_in_cluster() {
 // What must hold when a block's last thread exits
 void check_end(const Block& b) {
   if (!b.transfers.empty()) fail("a block exits before a tile that TMA brings has come");
-  for (size_t w = 0; w + 1 < b.warps.size(); ++w)
-    if (w % 4 < 3 && b.warps[w].registers != b.warps[w + 1].registers)
-      fail("setmaxnreg by some of a warp group's warps");
+  for (size_t w = 0; w + 1 < b.warps.size(); ++w) {
+    if (w % 4 == 3) continue;
+    if (b.warps[w].registers != b.warps[w + 1].registers) fail("setmaxnreg by some of a warp group's warps");
+    if (b.warps[w].products != b.warps[w + 1].products) fail("the warps of a warp group differ in their wgmmas");
+  }
 }
 
 void fiber_main() {

@@ -53,7 +53,8 @@ struct Warp {
   const void* in[32];
   void* out[32];
   uint32_t alive = 0;
-  int registers = 0;  // of a thread
+  int registers = 0;      // of a thread
+  uint64_t products = 0;  // a hash of the descriptors of its wgmmas
   std::vector<Meeting> meetings;
 };
 struct Barrier {
@@ -77,6 +78,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;                     // cp.async groups, the last one open
   std::vector<std::vector<std::function<void()>>> deferred;  // wgmma groups, likewise
   std::vector<std::vector<std::function<void()>>> stores;    // TMA's, likewise
+  uint64_t products = 0;                                     // a hash of the descriptors in its open group of wgmmas
   bool registers_fenced = false;                             // for wgmma, since it last waited for products
   bool barriers_unfenced = false;                            // it has initialised mbarriers that others may not see yet
 };

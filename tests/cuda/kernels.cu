@@ -271,9 +271,9 @@ __global__ void __launch_bounds__(160) product(const __grid_constant__ Product c
     if (bug != 6) mbarrier_wait(full + s, bug == 7 ? phase ^ 1 : phase);
     wgmma_fence();
     for (int step = 0; step < 4; ++step) {
-      const uint64_t left = wgmma_descriptor(a + step * (bug == 8 ? 64 : 32));
+      const uint64_t left = wgmma_descriptor(a + step * (bug == 8 || (bug == 12 && i == 5) ? 64 : 32));
       const uint64_t right = kBDeep ? wgmma_descriptor(a + kA + step * 16 * 128, bug == 10 ? 16 : kB / 2)
-                                    : wgmma_descriptor(a + kA + step * 32);
+                                    : wgmma_descriptor(a + kA + (bug == 13 && i / 32 == 2 ? 0 : step * 32));
       if (step == 0 && bug == 11)
         wgmma<T, kBDeep, false>(d, left, right);
       else
