@@ -185,7 +185,10 @@ def _told(lines: list[str]) -> str:
     """pytest's and compute-sanitizer's last words."""
     said = [line for line in lines if re.search(r"\d+ (passed|failed|error|skipped|deselected)|no tests ran", line)]
     said = [*said[-1:], *(line for line in lines if "SUMMARY:" in line)]
-    return "; ".join(line.strip("= ") for line in said or lines[-1:] or ["no output"])
+    of = next(
+        (f" (of {found[1]} tests)" for line in lines if (found := re.match(r"\d+ workers? \[(\d+) items?\]", line))), ""
+    )
+    return "; ".join(line.strip("= ") for line in said or lines[-1:] or ["no output"]) + of
 
 
 def failures(lines: list[str]) -> list[str]:
