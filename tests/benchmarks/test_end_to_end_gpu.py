@@ -1,5 +1,7 @@
 """The end-to-end benchmark for GPUs, on the CPU at tiny sizes: the emulator for CUDA C++, threads for processes."""
 
+import contextlib
+import itertools
 import json
 import re
 import sys
@@ -303,3 +305,93 @@ def test_named_parts_of_make_gpu(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "OFFLINE", {})
     assert benchmark.run(folder, about, deadline) == ["qwen2.5-0.5b", "llama-3-8b"]
     assert gpu.PARTS["llama-3.2-3b"](folder, about, deadline) == ["llama-3.2-3b"]
+
+
+def test_what_a_gpu_is_asked(monkeypatch):
+    """On a torch.cuda that only writes down: a capture is warmed on a stream of its own, its replay runs nothing."""
+    said = []
+
+    class Stream:
+        def __init__(self, name="own"):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            said.append("replayed")
+
+    @contextlib.contextmanager
+    def within(what):
+        said.append(f"in {type(what).__name__}")
+        yield
+        said.append(f"out of {type(what).__name__}")
+
+    fakes = {"Stream": Stream, "current_stream": lambda: Stream("current"), "stream": within}
+    fakes |= {"CUDAGraph": Graph, "graph": within, "memory_allocated": lambda: 3 * 2**20}
+    fakes |= {"max_memory_allocated": lambda: 5 * 2**20, "reset_peak_memory_stats": lambda: said.append("forgotten")}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    gpu = benchmark.DEVICES["cuda"]()
+    gpu.forget_peak()
+    replay = gpu.capture(lambda: said.append("ran"))
+    replay()
+    assert said == [
+        "forgotten", "own waits for current", "in Stream", "ran", "out of Stream", "current waits for own",
+        "in Graph", "ran", "out of Graph", "replayed",
+    ]  # fmt: skip
+    assert (gpu.allocated_mb(), gpu.peak_mb(), gpu.backends(("cuda", "triton"))) == (3.0, 5.0, ("cuda", "triton"))
+
+
+def test_a_variant_lost_between_rounds(monkeypatch):
+    """What it has done till then counts; the others go on. `of_gemm` is the step's rate over that of a GEMM."""
+
+    def last(model):
+        calls, forward = itertools.count(), model.forward
+
+        def counted(*args, **kwargs):
+            if next(calls) == 8:  # two checks and two warm rounds of two steps, then the first round's two
+                raise RuntimeError("the GPU is lost")
+            return forward(*args, **kwargs)
+
+        model.forward = counted
+
+    tiny(monkeypatch)
+    monkeypatch.setattr(benchmark.cuda, "limits", lambda *_: {"gemm_tflops": 1e-6})
+    monkeypatch.setitem(benchmark.VARIANTS, "lost", benchmark.Variant("", after=last))
+    rows = measure("stock", "lost", rounds=3)
+    assert rows["lost", "document"]["rounds"] == 1
+    assert rows["lost", "packed"]["not_run"] == "RuntimeError: the GPU is lost"
+    assert rows["stock", "packed"]["rounds"] == 3 and rows["stock", "packed"]["of_gemm"] > 1
+
+
+def test_liger_patches_the_model_before_peft(monkeypatch):
+    asked = []
+    fake = SimpleNamespace(_apply_liger_kernel_to_instance=lambda model: asked.append(type(model).__name__))
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", fake)
+    tiny(monkeypatch)
+    assert measure("stock", "liger", rounds=1)["liger", "packed"]["off"] == 0
+    assert asked == ["LlamaForCausalLM"]
+
+
+def test_other_gradients_are_no_agreement():
+    weight = torch.ones(2).numpy()
+    assert benchmark.difference((1.0, {"a": weight}), (1.0, {"b": weight})) == float("inf")
+    assert not benchmark.difference((1.0, {"a": weight * float("nan")}), (1.0, {"a": weight})) <= 1
+    assert not benchmark.difference((float("nan"), {"a": weight}), (1.0, {"a": weight})) <= 1
+
+
+def test_by_hand(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "OFFLINE", {})
+    monkeypatch.setattr(gpu, "folder_of", lambda name: tmp_path / name)
+    monkeypatch.setattr(benchmark, "bench", lambda models, folder, *_: [f"{models} {folder.name}"])
+    assert benchmark.main(["llama-tiny", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out == "['llama-tiny'] cpu\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main([]) == 2
+    assert capsys.readouterr().err == "benchmarks.end_to_end_gpu: PyTorch sees no GPU here\n"
+    with pytest.raises(SystemExit):
+        benchmark.main(["llama-9"])

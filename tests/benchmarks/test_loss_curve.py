@@ -139,3 +139,14 @@ def test_gsm8k(data_folder, monkeypatch):
 def test_make_gpu_asks_for_it(monkeypatch):
     monkeypatch.setattr(loss_curve, "follow", lambda *arguments: arguments)
     assert gpu.PARTS["loss_curve"]("folder", "about", 0.0) == ("folder", "about", loss_curve.Setup(), "cuda")
+
+
+def test_by_hand(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "folder_of", lambda name: tmp_path / name)
+    monkeypatch.setattr(loss_curve, "follow", lambda *arguments: [repr(arguments[2:])])
+    assert loss_curve.main(["--device", "cpu", "--steps", "20"]) == 1
+
+
+def test_without_stock_there_is_nothing_to_compare_with(tmp_path):
+    (failed,) = loss_curve.follow(tmp_path, {}, loss_curve.Setup(10, 32, 128, 1), "cpu", ["pyfast"])
+    assert failed.endswith("without stock there is nothing to compare with")
