@@ -1,15 +1,10 @@
 """Builds the native libraries with ninja, by the rules of csrc/toolchain.py: `_cpu`, `_info`, `_cuda` where nvcc is
 found, and, in a checkout, `_emu`, the CUDA kernels under the emulator, for tests.
-
-`python setup.py build_ext --inplace --gpu sm_90a` builds `_cuda` alone, for one architecture, in a third of the time.
 """
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -22,30 +17,13 @@ import toolchain  # noqa: E402
 class NinjaBuild(build_ext):
     """Writes one build.ninja for all native libraries. A missing compiler leaves a pure Python package, and says so."""
 
-    user_options: ClassVar = [*build_ext.user_options, ("gpu=", None, "build _cuda alone, for this GPU: sm_90a, say")]
-
-    def initialize_options(self):
-        super().initialize_options()
-        self.gpu = None
-
     def build_extensions(self):
-        relative, options = toolchain.FOLDER, {}
-        if self.gpu:
-            relative, options = relative.with_name(f"{relative.name}-{self.gpu}"), {"architectures": (self.gpu,)}
-            self.extensions = [e for e in self.extensions if e.name == "pyfast._cuda"]
-        folder = ROOT / relative
-        folder.mkdir(parents=True, exist_ok=True)
         libraries = {e.name.split(".")[1]: self.get_ext_filename(e.name.split(".")[1]) for e in self.extensions}
-        (folder / "build.ninja").write_text(toolchain.ninja_file(ROOT, libraries, relative, **options))
-        ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        subprocess.check_call([*command, "-C", str(ROOT), "-f", str(relative / "build.ninja")])
+        toolchain.build(ROOT, libraries)
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            fresh = target.with_suffix(".new")  # a process that has the old one loaded keeps it
-            shutil.copy(folder / target.name, fresh)
-            fresh.replace(target)
+            toolchain.install(ROOT / toolchain.FOLDER / target.name, target)
 
 
 def extensions() -> list[Extension]:

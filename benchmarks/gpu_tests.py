@@ -51,7 +51,7 @@ SANITIZED = (
 
 
 def build_command(architecture: str) -> list[str]:
-    return [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--gpu", architecture]
+    return [sys.executable, "csrc/toolchain.py", architecture]
 
 
 def pytest_command(*arguments: str, processes: int = 0, timeout: int = 120) -> list[str]:

@@ -1,4 +1,5 @@
-"""What the native libraries are made of and how they are compiled, for setup.py.
+"""What the native libraries are made of and how they are compiled, for setup.py; `python csrc/toolchain.py sm_90a`, by
+itself, builds `_cuda` in place for one architecture, in a third of the time.
 
 `_cpu`: csrc/binding/*.cpp (torch's stable ABI) and csrc/cpu/*.cpp, the latter once per instruction set. `_cuda`:
 csrc/cuda/*.cu by nvcc, with csrc/binding/cuda/*.cpp and the static CUDA runtime; it loads beside a torch without CUDA.
@@ -128,3 +129,26 @@ def ninja_file(
         path = folder / file
         lines += [f"build {path}: link {' '.join(objects[library])}", f"  flags = {link[library]}", f"default {path}"]
     return "\n".join(lines) + "\n"
+
+
+def build(root: Path, libraries: dict[str, str], folder: Path = FOLDER, architectures=ARCHITECTURES) -> None:
+    """Makes `libraries` in `folder` by what ninja_file says."""
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / folder / "build.ninja").write_text(ninja_file(root, libraries, folder, architectures=architectures))
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+    subprocess.check_call([*command, "-C", str(root), "-f", str(folder / "build.ninja")])
+
+
+def install(made: Path, target: Path) -> None:
+    """Beside what is there, then in its place: a process that has the old one loaded keeps it."""
+    fresh = target.with_suffix(".new")
+    shutil.copy(made, fresh)
+    fresh.replace(target)
+
+
+if __name__ == "__main__":
+    architecture, project = sys.argv[1], Path(__file__).resolve().parents[1]
+    file, folder = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", FOLDER.with_name(f"{FOLDER.name}-{architecture}")
+    build(project, {"_cuda": file}, folder, (architecture,))
+    install(project / folder / file, project / "pyfast" / file)
