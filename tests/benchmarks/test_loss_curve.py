@@ -106,7 +106,8 @@ def test_a_run_that_learns_nothing_is_no_proof(stock):
 @pytest.mark.skipif(dispatch.unavailable("emulator") is not None, reason="the emulator was not built")
 def test_every_run_is_written(monkeypatch, tmp_path):
     """By the emulator and the interpreter for a GPU's kernels; one that cannot run is named, and ends no other."""
-    setup = loss_curve.Setup(steps=10, seq=32, hidden=128, layers=1, lr=1e-3)
+    setup = loss_curve.Setup(steps=4, seq=24, hidden=128, layers=1, lr=1e-3)
+    monkeypatch.setattr(loss_curve, "WINDOW", 2)
     available = {"cuda": "emulator"} | ({} if dispatch.unavailable("triton") else {"triton": "triton"})
     monkeypatch.setitem(loss_curve.RUNS, "lost", loss_curve.Run(torch.bfloat16, ("nothing",)))
 
