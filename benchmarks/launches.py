@@ -15,7 +15,7 @@ from pyfast.kernels import launch
 from pyfast.kernels.tiles import TILES
 from pyfast.ops.linear_cross_entropy import GPU_LOGITS_BYTES
 
-_HEAD_ROWS = 768  # of 128256 classes they are one chunk of GPU_LOGITS_BYTES, so that a call is one launch
+_HEAD_ROWS = 512  # of 128256 classes they are one chunk of GPU_LOGITS_BYTES, so that a call is one launch
 
 
 class Case(NamedTuple):

@@ -283,8 +283,8 @@ def linear_cross_entropy(
     options = (ignore_index, label_smoothing, softcap)
     kept = 2 if softcap is not None and label_smoothing > 0 else 1  # of each logit, numbers in the input's dtype
     chunk_rows = max(16, logits_bytes // (kept * input.element_size() * classes))
-    if chunk_rows > 128:  # whole tiles
-        chunk_rows -= chunk_rows % 128
+    if chunk_rows > 256:  # whole tiles
+        chunk_rows -= chunk_rows % 256
     for begin in range(0, rows, chunk_rows):
         chunk = d = None  # the memory of the one before serves this one
         at = order[begin : begin + chunk_rows]
@@ -312,6 +312,8 @@ def linear_cross_entropy(
         if need_A:
             dA += matmul(x.T, low, torch.float32, alpha=scaling * logit_scale, split=True).T
         if need_x:
-            out = torch.zeros_like(x)
-            dx[at] = matmul(d, linear_weight, x.dtype, out=out, adapter=adapter, alpha=logit_scale, limit=limit)
+            # few rows by few features are few programs for a sum over all classes
+            few = launch.cdiv(len(x), 128) * launch.cdiv(x.shape[1], 128) < 128 and adapter is None
+            sums = {"alpha": logit_scale, "limit": limit, "split": few}
+            dx[at] = matmul(d, linear_weight, x.dtype, out=torch.zeros_like(x), adapter=adapter, **sums)
     return loss, lse, dx, dweight, dbias, dA, dB

@@ -165,7 +165,8 @@ def matmul(
     k_per_split = launch.cdiv(launch.cdiv(k, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
     if out is None:
         out = a.new_empty((m, n), dtype=dtype)
-    c = out if splits == 1 else a.new_empty((splits, m, n), dtype=torch.float32)
+    make = a.new_empty if limit is None else a.new_zeros  # parts of what is not computed are zero
+    c = out if splits == 1 else make((splits, m, n), dtype=torch.float32)
     kept_scale = 1 / (1 - p)
     launch.run(
         matmul_kernel,
@@ -199,9 +200,9 @@ def matmul(
         BLOCK_R=min(64, max(16, launch.power_of_two(rank))),
         **tile,
     )
-    if splits > 1:
-        torch.sum(c, 0, out=out)
-    return out
+    if splits == 1:
+        return out
+    return torch.sum(c, 0, out=out) if out.dtype == c.dtype else out.copy_(c.sum(0))
 
 
 @triton.jit

@@ -20,22 +20,26 @@ template <class T, bool kBDeep>
 struct Gemm90 {
   static constexpr int kBlock = 256, kColumnsOfBlock = 128, kDepth = 64, kStages = 4;
   static constexpr int kConsumers = 256, kThreads = kConsumers + 128;
-  static constexpr int kPart = kColumnsOfBlock, kRows = 2, kColumns = 16, split = 0;
+  static constexpr int kPart = kColumnsOfBlock, kRows = 2, kColumns = 16;
   static constexpr int kABytes = kBlock * 128, kBBytes = kColumnsOfBlock * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + Ring<kStages>::kBytes;
   using Sums = float[kRows][kColumns][4];
 
   int64_t m, n, row, column;
-  int lane, warp_row, warp_column = 0;
+  int first_steps, begin, steps;  // of the first term; this block's first step, and how many it has
+  int split, lane, warp_row, warp_column = 0;
 
   static int64_t blocks(const Product& p) {
-    return (p.m + kBlock - 1) / kBlock * ((p.n + kColumnsOfBlock - 1) / kColumnsOfBlock);
+    return (p.m + kBlock - 1) / kBlock * ((p.n + kColumnsOfBlock - 1) / kColumnsOfBlock) * p.splits;
   }
   __device__ explicit Gemm90(const Product& p) : m(p.here(p.m)), n(p.n) {
     const int64_t tiles_m = (p.m + kBlock - 1) / kBlock, tiles_n = (n + kColumnsOfBlock - 1) / kColumnsOfBlock;
-    const int64_t tile = blockIdx.x;
+    const int64_t tile = blockIdx.x % (tiles_m * tiles_n);
     row = (tiles_m < tiles_n ? tile % tiles_m : tile / tiles_n) * kBlock;
     column = (tiles_m < tiles_n ? tile / tiles_m : tile % tiles_n) * kColumnsOfBlock;
+    split = int(blockIdx.x / (tiles_m * tiles_n)), first_steps = steps_of(p.terms[0].depth);
+    const int all = first_steps + steps_of(p.terms[1].depth), each = (all + p.splits - 1) / p.splits;
+    begin = split * each, steps = begin >= all ? 0 : begin + each < all ? each : all - begin;
     lane = threadIdx.x % 32;
     warp_row = threadIdx.x / 128 * 128 + threadIdx.x / 32 % 4 * 16;
   }
@@ -46,8 +50,8 @@ struct Gemm90 {
   }
   __device__ __forceinline__ int64_t column_of(int j, int e) const { return column + 8 * j + lane % 4 * 2 + e % 2; }
 
-  // The whole block begins; then the third warp group produces, and ends, and the others multiply
-  __device__ __forceinline__ void begin(unsigned char* shared) const {
+  // The whole block starts; then the third warp group produces, and ends, and the others multiply
+  __device__ __forceinline__ void start(unsigned char* shared) const {
     if (threadIdx.x == 0) {
       ring(shared).begin(kConsumers / 32);
       fence_mbarrier_init();
@@ -59,10 +63,9 @@ struct Gemm90 {
   __device__ __forceinline__ void produce(const Product& p, const Boxes& boxes, unsigned char* shared) const {
     give_registers<40>();
     if (threadIdx.x != kConsumers) return;
-    const int first_steps = steps_of(p.terms[0].depth), steps = first_steps + steps_of(p.terms[1].depth);
     for (int step = 0; step < steps; ++step) {
-      const bool second = step >= first_steps;
-      const int at = (second ? step - first_steps : step) * kDepth;
+      const bool second = begin + step >= first_steps;
+      const int at = (begin + step - (second ? first_steps : 0)) * kDepth;
       unsigned char *const a = shared + step % kStages * kStageBytes, *const b = a + kABytes;
       uint64_t* const there = ring(shared).fill(step, kStageBytes);
       tma_load<2>(a, &boxes.a[second], there, {at, int(row)});
@@ -75,9 +78,8 @@ struct Gemm90 {
     }
   }
 
-  __device__ __forceinline__ void multiply(const Product& p, unsigned char* shared, Sums& sums) const {
+  __device__ __forceinline__ void multiply(unsigned char* shared, Sums& sums) const {
     take_registers<232>();
-    const int steps = steps_of(p.terms[0].depth) + steps_of(p.terms[1].depth);
     for (int step = 0; step < steps; ++step) {
       const int stage = step % kStages;
       const unsigned char* const a = shared + stage * kStageBytes + warp_row / 128 * 128 * 128;
@@ -152,10 +154,10 @@ __global__ void __launch_bounds__(Gemm90<T, kBDeep>::kThreads, 1)
   using G = Gemm90<T, kBDeep>;
   const G gemm(l.p);
   if (gemm.empty()) return;
-  gemm.begin(shared);
+  gemm.start(shared);
   if (G::produces()) return gemm.produce(l.p, l.boxes, shared);
   typename G::Sums sums = {};
-  gemm.multiply(l.p, shared, sums);
+  gemm.multiply(shared, sums);
   store_sums<T>(gemm, sums, l.out);
 #endif
 }

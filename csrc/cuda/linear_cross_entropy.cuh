@@ -1,7 +1,7 @@
 // A language model's head and its loss, without its logits z = softcap((x W^T + bias + s (x A^T) B^T) scale).
 //
 // Rows that count are listed first, in order; their number stays on the GPU. Then, for as many rows at a time as the
-// memory holds (logits_bytes, 200 MB):
+// memory holds (logits_bytes, 168 MB):
 //   1. h = s x A^T                          where the head has an adapter, which is `rank` more terms of the next sum
 //   2. x W^T + h B^T, rows gathered         its epilogue leaves of each row, in each tile of classes, the largest logit
 //                                           m_t and sum exp(z - m_t), the target's logit, and e = exp(z - m_t) in T
@@ -19,8 +19,9 @@
 // Bound: two products, 4 rows V K FLOP. 8,192 rows of K = 4,096 and V = 128,256 are 17 TFLOP: 22 ms at the 800 TFLOP/s
 // of an H100's wgmma, 43 ms at the 400 that mma.sync may reach there, 86 ms at 200 on an A100. 3 and 4 read e and write
 // d in its place, 4 rows V bytes (4.2 GB, 1.4 ms at 3.0 TB/s): 1.06, 1.03 and 1.03 times the two products (A100: 1.5
-// TB/s). A chunk of 768 rows there makes 96 tiles of dx for 132 processors, and so a third more time for that product.
-// A trained head adds a product, and 8 V K bytes for each chunk. These are bounds on paper.
+// TB/s). A chunk of 512 rows there makes 2,004 tiles of logits (15.2 for each of 132 processors) and 64 of dx (14 of
+// 896 features), whose sums are split, so that blocks are 128 (126): another 1.04, and 11 us of a chunk's 1.4 ms to add
+// them. A trained head adds a product, and 8 V K bytes for each chunk. These are bounds on paper.
 #pragma once
 #include "cuda/gemm90.cuh"
 #include "cuda/linear_cross_entropy.h"
@@ -30,6 +31,7 @@ namespace pyfast::cuda {
 
 constexpr int kHeadThreads = 256;  // of all but the products
 constexpr int kRowsOfBlock = 8;    // in step 3
+constexpr int kBlocksOfDx = 128;   // that a chunk's dx has about, where its sums must be split for it
 
 // What a row's gradient needs: d = factor exp(z - max) - soft w, and `target` at the target; the logits' scale in them
 struct alignas(16) LogitGradient {
@@ -80,6 +82,16 @@ struct HeadLaunch {
     const int64_t steps = (depth + Gemm<T, false, false>::kDepth - 1) / Gemm<T, false, false>::kDepth;
     return steps > 512 ? 64 : steps < 1 ? 1 : int((steps + 7) / 8);
   }
+  // So is that of dx, which has few blocks where a chunk or the features are few. The number is that of no GPU, so that
+  // the same sums give the same bits on all.
+  template <class T>
+  int splits_of_dx() const {
+    const int64_t rows = hopper ? Gemm90<bf16, true>::kBlock : Gemm<T, false, false>::kBlock;
+    const int64_t columns = hopper ? Gemm90<bf16, true>::kColumnsOfBlock : rows;
+    const int64_t blocks = (chunk + rows - 1) / rows * ((a.features + columns - 1) / columns);
+    const int64_t most = splits_of<T>(a.classes), splits = kBlocksOfDx / (blocks ? blocks : 1);
+    return splits < 1 ? 1 : int(splits < most ? splits : most);
+  }
   template <class T>
   void sizes(int64_t (&bytes)[kMemories]) const {
     const bool gradient = a.upstream;
@@ -96,7 +108,9 @@ struct HeadLaunch {
     set(Memory::rows, gradient ? chunk * int64_t(sizeof(LogitGradient)) : 0);
     set(Memory::h, chunk * ld_h * int64_t(sizeof(T)));
     set(Memory::dh, gradient ? chunk * ld_h * int64_t(sizeof(T)) : 0);
-    set(Memory::parts, a.rank ? splits_of<T>(longest) * chunk * a.rank * 4 : 0);
+    const int64_t narrow = splits_of<T>(longest) * chunk * a.rank * 4;
+    const int64_t of_dx = a.dinput && splits_of_dx<T>() > 1 ? splits_of_dx<T>() * chunk * a.features * 4 : 0;
+    set(Memory::parts, narrow < of_dx ? of_dx : narrow);
   }
   int64_t kept_size() const { return a.softcap > 0.f || a.dtype == DType::fp32 ? 4 : 2; }
   bool in_place() const { return a.softcap == 0.f || a.dtype == DType::fp32; }
@@ -232,10 +246,10 @@ __global__ void __launch_bounds__(Gemm90<T, false>::kThreads, 1)
   using G = Gemm90<T, false>;
   const G gemm(l.logits.p);
   if (gemm.empty()) return;
-  gemm.begin(shared);
+  gemm.start(shared);
   if (G::produces()) return gemm.produce(l.logits.p, l.boxes, shared);
   typename G::Sums z = {};
-  gemm.multiply(l.logits.p, shared, z);
+  gemm.multiply(shared, z);
   finish_logits<T, kGeneral>(gemm, z, l.logits.l);
 #endif
 }
@@ -332,19 +346,22 @@ __global__ void __launch_bounds__(kHeadThreads) head_bias_kernel(const __grid_co
   l.a.dbias[c] = total;
 }
 
-// The parts of a narrow product (splits, chunk, rank) added, times scaling, to T
+// The parts of a product (splits, chunk, columns) added, times scale, to T
 struct JoinLaunch {
   HeadLaunch l;
-  void* to;  // (chunk, ld_h)
+  int64_t columns;
+  float scale;
+  Output to;
 };
 template <class T>
 __global__ void __launch_bounds__(kHeadThreads) join_kernel(const __grid_constant__ JoinLaunch j) {
   const HeadLaunch& l = j.l;
-  const int64_t at = int64_t(blockIdx.x) * kHeadThreads + threadIdx.x, rank = l.a.rank, r = at / rank;
+  const int64_t at = int64_t(blockIdx.x) * kHeadThreads + threadIdx.x, r = at / j.columns;
   if (r >= l.here()) return;
   float sum = 0.f;
-  for (int s = 0; s < l.splits; ++s) sum += l.at<float>(Memory::parts)[s * l.chunk * rank + at];
-  static_cast<T*>(j.to)[r * l.ld_h + at % rank] = from_float<T>(sum * l.a.scaling);
+  for (int s = 0; s < l.splits; ++s) sum += l.at<float>(Memory::parts)[s * l.chunk * j.columns + at];
+  const int64_t line = (j.to.index ? j.to.index[r] : r) * j.to.stride;
+  static_cast<T*>(j.to.data)[line + at % j.columns] = from_float<T>(sum * j.scale);
 }
 
 // in linear_cross_entropy.cu
@@ -400,13 +417,19 @@ int launch_head(const LinearCrossEntropy& a, void* stream) {
     const auto product = [&](int64_t m, int64_t n, Term first, Term second = {}, int splits = 1) {
       return Product{m, n, {first, second}, splits, counted, l.begin};
     };
+    const auto parts_of = [&](int64_t columns) {
+      return Output{l.at<float>(Memory::parts), columns, nullptr, chunk * columns, true, false};
+    };
+    const auto join = [&](const Product& p, float scale, const Output& to) {
+      l.splits = p.splits;
+      const Shape shape{(chunk * p.n + kHeadThreads - 1) / kHeadThreads, kHeadThreads, 0};
+      return launch(join_kernel<T>, shape, JoinLaunch{l, p.n, scale, to}, stream);
+    };
     const auto narrow = [&](const Product& p, bool deep, const Matrix& to) -> int {
-      const Output parts{l.at<float>(Memory::parts), a.rank, nullptr, chunk * a.rank, true, false};
+      const Output parts = parts_of(a.rank);
       if (int e = deep ? launch_gemm<T, false, true>(p, parts, stream) : launch_gemm<T, false, false>(p, parts, stream))
         return e;
-      l.splits = p.splits;
-      const Shape shape{(chunk * a.rank + kHeadThreads - 1) / kHeadThreads, kHeadThreads, 0};
-      return launch(join_kernel<T>, shape, JoinLaunch{l, const_cast<void*>(to.data)}, stream);
+      return join(p, a.scaling, Output{const_cast<void*>(to.data), l.ld_h, nullptr, 0, false, false});
     };
     if (a.rank)
       if (int e = narrow(
@@ -430,10 +453,12 @@ int launch_head(const LinearCrossEntropy& a, void* stream) {
                      true, dh))
         return e;
     if (a.dinput) {
-      const Product p =
-          product(chunk, a.features, {d, parameter(a.weight), a.classes}, {as_rows(dh), parameter(a.lora_A), a.rank});
+      const Product p = product(chunk, a.features, {d, parameter(a.weight), a.classes},
+                                {as_rows(dh), parameter(a.lora_A), a.rank}, l.splits_of_dx<T>());
       const Output out{a.dinput, a.features, l.index(), 0, false, false};
-      if (int e = launch_dx<T>(p, out, weight_by_rows, l.hopper, stream)) return e;
+      if (int e = launch_dx<T>(p, p.splits > 1 ? parts_of(p.n) : out, weight_by_rows, l.hopper, stream)) return e;
+      if (p.splits > 1)
+        if (int e = join(p, 1.f, out)) return e;
     }
     const auto add = [&](float* to, int64_t m, int64_t n, const Operand& left, const Operand& right) -> int {
       if (!to) return 0;

@@ -237,7 +237,11 @@ MUTATIONS = [
         ("no barrier before the bias's sums", "sum[i];\n  __syncthreads();", "sum[i];",
          f"{RULE} and bfloat16 and bias"),
         ("one part of a narrow product", "s < l.splits", "s < 1", "several_tiles and bfloat16 and lora"),
-        ("the adapter's scaling", "sum * l.a.scaling", "sum", f"{RULE} and bfloat16 and lora"),
+        ("the adapter's scaling", "join(p, a.scaling,", "join(p, 1.f,", f"{RULE} and bfloat16 and lora"),
+        ("dx's parts in one place", "chunk * columns, true", "0, true", "several_tiles and bfloat16 and plain"),
+        ("dx's rows where they are not", "j.to.index ? j.to.index[r] : r", "r", "hopper and split"),
+        ("a part of dx left out", "l.splits = p.splits", "l.splits = p.splits - 1",
+         "several_tiles and bfloat16 and plain"),
     ]),
     *planted_in(HEAD_ROWS, HEAD_ALL, RULE, [
         ("a warp's rows twice", "if (w < warp) before", "if (w <= warp) before"),
@@ -321,6 +325,8 @@ MUTATIONS = [
         ("columns copied twice", "int(column) + 64, at", "int(column), at"),
         ("a warp group's rows", "warp_row / 128 * 128 * 128", "0"),
         ("the adapter's boxes", "&boxes.a[second]", "&boxes.a[0]"),
+        ("every part from the first step", "begin = split * each,", "begin = 0,", "hopper and split"),
+        ("the adapter in every part", "begin + step >= first_steps", "step + 3 >= steps", "hopper and split"),
     ]),
     *planted_in(RING, LORA90_16, ON90, [
         ("a stage freed for its own block alone", "if (lane < kBlocks)", "if (lane < 1)"),
