@@ -11,6 +11,7 @@
 #include "cpu/parallel.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define ASAN(...) __VA_ARGS__
 #else
@@ -187,6 +188,7 @@ void prepare(const Launch& l, Block& b, int rank, size_t number) {
     Fiber& f = *scheduler.fibers[rank * threads + i];
     char* stack = f.stack;
     f = Fiber{};
+    ASAN(__asan_unpoison_memory_region(stack, kStack);)  // of frames that stood here and never returned
     f.stack = stack, f.stack_pointer = fresh_stack(stack), f.block = &b, f.warp = &b.warps[i / 32];
     f.thread = {i % l.block.x, i / l.block.x % l.block.y, i / (l.block.x * l.block.y)};
     f.linear = i, f.lane = i % 32;
