@@ -3,8 +3,8 @@
     python -m benchmarks.backends benchmarks/results/nvidia-h100-80gb-hbm3 [--folder kernels]
 
 RESULTS holds the JSON files of `python -m benchmarks.gpu`. FOLDER/backends_<architecture>.json is what dispatch reads:
-for each op the backends that are faster than PyTorch, fastest first, then "torch". A backend that was wrong or did not
-run in one of the cases is left out, and ops without results keep their row.
+for each op the backends that are no slower than PyTorch, fastest first, and "torch". A backend that was wrong or did
+not run in one of the cases is left out, and so are cases that PyTorch did not run; ops without any keep their row.
 """
 
 import argparse
@@ -18,13 +18,14 @@ FOLDER = Path(__file__).resolve().parents[1] / "kernels"
 
 
 def order(rows: list[dict]) -> list[str]:
-    """Of the rows of an op: its backends no slower than PyTorch's, by their time for all cases together."""
+    """Of the rows of an op: its backends no slower than PyTorch's, by their time for all cases together; none where
+    PyTorch has run no case."""
+    refused = {row["variant"] for row in rows if "not_run" in row} - {"torch"}
     cases = [gpu.as_called(rows, case) for case in dict.fromkeys(row["case"] for row in rows)]
-    everywhere = [name for name in cuda.OURS if all(name in ms for ms in cases)]
-    if "torch" not in everywhere:
-        raise ValueError(f"{rows[0]['op']}: PyTorch was not timed in every case")
-    total = {name: sum(ms[name] for ms in cases) for name in everywhere}
-    return sorted((name for name in everywhere if total[name] <= total["torch"]), key=total.get)
+    cases = [ms for ms in cases if "torch" in ms]
+    everywhere = [name for name in cuda.OURS if name not in refused and all(name in ms for ms in cases)]
+    total = {name: sum(ms[name] for ms in cases) for name in everywhere if cases}
+    return sorted((name for name in total if total[name] <= total["torch"]), key=total.get)
 
 
 def write(results: Path, folder: Path) -> Path:
@@ -41,7 +42,7 @@ def write(results: Path, folder: Path) -> Path:
     architecture = architectures.pop()
     path = folder / f"backends_{architecture}.json"
     backends = json.loads(path.read_text())["backends"] if path.exists() else {}
-    backends |= {one["rows"][0]["op"]: order(one["rows"]) for one in found}
+    backends |= {one["rows"][0]["op"]: names for one in found if (names := order(one["rows"]))}
     machine = {key: value for key, value in found[0].items() if isinstance(value, str)}
     lines = [f'  "{op}": {json.dumps(backends[op])}' for op in sorted(backends)]
     lines = [f' "machine": {json.dumps(machine)},', ' "backends": {', ",\n".join(lines), " }"]

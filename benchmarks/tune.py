@@ -8,8 +8,9 @@ that spills registers, does not fit the GPU or gives another result is passed ov
 to FOLDER/tiles_<architecture>.json after each kernel, which kernels/tiles.py reads; kernels that are not named, or that
 no time was left for, keep their rows. Then Triton's kernels, those in CUDA C++ and PyTorch's own are compared on the
 cases of benchmarks/cuda.py, and what is right and fastest goes to FOLDER/backends_<architecture>.json, from which
-dispatch chooses (benchmarks/backends.py). All 1,800 tiles take about 8 minutes with 16 cores, which compile them ahead,
-the backends BACKENDS_MINUTES. It is meant for a GPU that nothing else uses; training never tunes.
+dispatch chooses (benchmarks/backends.py). All 1,800 tiles should take about 8 minutes with 16 cores, which compile them
+ahead, the backends BACKENDS_MINUTES: both were counted, not measured. It is meant for a GPU that nothing else uses;
+training never tunes.
 """
 
 import argparse
@@ -315,12 +316,17 @@ def main(argv: list[str] | None = None) -> None:
         left_out = tune(kernels, device, driver.active.get_current_target(), options.folder, about, deadline)
         if left_out:
             print(f"not tuned: {', '.join(left_out)}")
-        written.append(options.folder / f"tiles_{about['architecture']}.json")
+        if len(left_out) < len(kernels):
+            written.append(options.folder / f"tiles_{about['architecture']}.json")
     if BACKENDS in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            failed = gpu.bench(list(cuda.CASES), Path(folder), about, end, alone=True)
-            written.append(backends.write(Path(folder), options.folder))
-        print("\n".join(failed))
+            for line in gpu.bench(list(cuda.CASES), Path(folder), about, end, alone=True):
+                print(line)
+            if list(Path(folder).glob("*.json")):  # else nothing was measured, as the lines say
+                written.append(backends.write(Path(folder), options.folder))
+    if not written:
+        print("pyfast tune: nothing was written", file=sys.stderr)
+        sys.exit(1)
     print(f"written to {' and '.join(map(str, written))}; run the tests on this GPU before you commit it")
 
 
@@ -344,12 +350,13 @@ def tune(kernels: list[str], device: torch.device, target, folder: Path, machine
     try:
         while waiting and time.monotonic() < deadline:
             kernel = waiting.pop(0)
-            gpu = Gpu(kernel, device)
+            timer, refused = Gpu(kernel, device), []
 
-            def measure(size, tile, kernel=kernel, gpu=gpu):
+            def measure(size, tile, kernel=kernel, timer=timer, refused=refused):
                 if tile is not None and not ahead.done(kernel, size, tile):
+                    refused.append(tile)
                     return math.inf
-                return gpu(size, tile)
+                return timer(size, tile)
 
             try:
                 rows = search(kernel, architecture, target.warp_size, measure, deadline)
@@ -360,7 +367,7 @@ def tune(kernels: list[str], device: torch.device, target, folder: Path, machine
                 print(f"the GPU is lost to this process by {error}", flush=True)
                 return [kernel, *waiting]
             saved = sum((row["before_ms"] or 0) - (row["ms"] or 0) for row in rows)
-            print(f"{kernel}: {len(rows)} tiles, {saved:.4g} ms saved", flush=True)
+            print(f"{kernel}: {len(rows)} tiles, {saved:.4g} ms saved; {len(refused)} did not compile", flush=True)
             write(folder, architecture, machine, {kernel: rows})
     finally:
         ahead.stop()

@@ -44,7 +44,7 @@ def tile(kernel, device: torch.device, size: int = 0, variant: str = "") -> dict
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. Triton's own take 2 µs on the host since they may also be called in kernels."""
+    """a / b rounded up. Triton's own, which may also be called in kernels, takes 2.6 µs on the host."""
     return -(-a // b)
 
 
@@ -75,8 +75,9 @@ def _traits(arguments, found: list) -> None:
 def run(kernel, programs: int, *arguments, **constants):
     """Starts `programs` programs of a kernel, on the device of its first tensor; returns the compiled kernel.
 
-    Triton looks up which compilation of a kernel serves a launch by examining every argument, 25 to 30 µs on the host
-    for these kernels. Here a launch whose arguments were seen before, but for the tensors' addresses, is found in 5.
+    Triton looks up which compilation of a kernel serves a launch by examining every argument, 20 to 25 µs on the host
+    for these kernels. Here a launch whose arguments were seen before, but for the tensors' addresses, is found in 10 to
+    15 (benchmarks/NOTES.md, "The host of a GPU").
     """
     if programs == 0:
         return None

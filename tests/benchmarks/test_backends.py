@@ -27,6 +27,8 @@ def rows(op: str, **times):
         ({"triton": [1, 9], "cuda": [3, 3], "torch": [2, 2]}, ["torch"]),
         ({"triton": [2.5, 1], "torch": [2, 2], "liger": [0.1, 0.1]}, ["triton", "torch"]),  # all cases together
         ({"triton": [1, None], "cuda": [None, None], "torch": [2, 2]}, ["torch"]),
+        ({"triton": [1, None], "cuda": [1, 9], "torch": [2, None]}, ["cuda", "torch"]),  # what PyTorch ran
+        ({"triton": [1, 1], "torch": [None, None]}, []),
     ],
 )
 def test_fastest_first(times, expected):
@@ -85,6 +87,10 @@ def test_tune(tmp_path, monkeypatch, capsys):
         "geglu 4 × 4: triton: wrong",
         f"written to {path}; run the tests on this GPU before you commit it",
     ]
+    monkeypatch.setattr(gpu, "bench", lambda *_, **__: ["benchmarks: nothing was measured"])
+    with pytest.raises(SystemExit) as ended:
+        tune.main(["backends", "--folder", str(tmp_path)])
+    assert ended.value.code == 1 and capsys.readouterr().err == "pyfast tune: nothing was written\n"
 
 
 def test_results_of_one_architecture(tmp_path, capsys):
